@@ -1,0 +1,69 @@
+"""The one seam to torch.ao: every name of it that fxquant leans on is imported here, and nowhere else.
+
+torch.ao's FX mode is announced for removal (pytorch/ao#2259). When it goes, this file says what has to be
+replaced. A name that has moved fails here, at import, with the version of torch that was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+try:
+    import torch.ao.nn.intrinsic as nni
+    import torch.ao.nn.intrinsic.quantized as nniq
+    import torch.ao.nn.quantized as nnq
+    import torch.ao.nn.quantized.reference as nnqr
+    from torch.ao.quantization import FakeQuantizeBase, QConfig, QConfigMapping
+    from torch.ao.quantization.backend_config import (
+        BackendConfig,
+        BackendPatternConfig,
+        DTypeConfig,
+        ObservationType,
+        get_native_backend_config,
+    )
+    from torch.ao.quantization.fx import _lower_to_native_backend
+    from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_qat_fx
+
+    # Which quantized module replaces which reference module in convert_fx (private; _layers_for_torch_ao.py
+    # adds the two that re-quantize their own input).
+    STATIC_LOWER_MODULE_MAP = _lower_to_native_backend.STATIC_LOWER_MODULE_MAP
+    STATIC_LOWER_FUSED_MODULE_MAP = _lower_to_native_backend.STATIC_LOWER_FUSED_MODULE_MAP
+except (ImportError, AttributeError) as error:  # pragma: no cover - only with an untested torch
+    raise ImportError(
+        f"fxquant needs torch.ao's FX quantization as shipped in torch 2.13 to 2.15; torch {torch.__version__} "
+        f"lacks a name of it ({error}). Install torch>=2.13,<2.16"
+    ) from error
+
+__all__ = [
+    "STATIC_LOWER_FUSED_MODULE_MAP",
+    "STATIC_LOWER_MODULE_MAP",
+    "BackendConfig",
+    "BackendPatternConfig",
+    "DTypeConfig",
+    "FakeQuantizeBase",
+    "ObservationType",
+    "QConfig",
+    "QConfigMapping",
+    "convert_fx",
+    "convert_to_reference_fx",
+    "deprecations_silenced",
+    "get_native_backend_config",
+    "nni",
+    "nniq",
+    "nnq",
+    "nnqr",
+    "prepare_qat_fx",
+]
+
+
+@contextlib.contextmanager
+def deprecations_silenced() -> Iterator[None]:
+    """Within it, torch.ao's notices of its own removal are not repeated at every call."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"torch\.ao\.quantization is deprecated")
+        warnings.filterwarnings("ignore", message=r"torch\.quantize_per_tensor")
+        yield

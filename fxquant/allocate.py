@@ -1,0 +1,110 @@
+"""Learned widths to whole ones, inside a hard budget."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from . import cost
+from .errors import SpecError
+from .estimators import Estimator
+from .layers import QATLayer
+from .prepare import prepared_info
+from .spec import Budget
+
+
+def fix_widths(model: nn.Module, budget: Budget | None = None) -> dict[str, tuple[int, int]]:
+    """Give every quantizer that still learns its width the whole one nearest to it that the budget allows.
+
+    Starts from the learned widths rounded up, then takes single bits away, each time the one whose removal strays
+    least from the learned width for what it saves, until the budget holds. A width never leaves its rule's interval.
+
+    Returns:
+        (weight bits, activation bits) of each quantized layer, by name.
+
+    Raises:
+        SpecError: where even the lowest widths exceed the budget.
+    """
+    info = prepared_info(model)
+    layers = cost.qat_layers(model)
+    choices = {
+        (name, kind): _Choice(estimator)
+        for name, layer in layers.items()
+        for kind, estimator in (("weight", layer.weight_fake_quant), ("activation", layer.input_fake_quant))
+    }
+    for what, limit, spent, saved in _limits(budget or Budget(), info.costs, choices):
+        while spent() > limit + 1e-9:
+            movable = [(key, c) for key, c in choices.items() if c.bits > c.lowest and saved(key) > 0]
+            if not movable:
+                raise SpecError(
+                    f"budget {what}={limit:g} was asked for, but the lowest widths that the rules allow already take "
+                    f"{spent():g}; raise the budget, or lower the rules' widths"
+                )
+            _, choice = min(movable, key=lambda item: item[1].strain() / saved(item[0]))
+            choice.bits -= 1
+    for choice in choices.values():
+        if not choice.estimator.settled:
+            choice.estimator.fix_width(choice.bits)
+    return {name: (choices[name, "weight"].bits, choices[name, "activation"].bits) for name in layers}
+
+
+class _Choice:
+    """The whole width of one quantizer while it is being chosen."""
+
+    def __init__(self, estimator: Estimator):
+        self.estimator = estimator
+        self.learned = float(estimator.bit_width().detach().mean())
+        if not estimator.learns_width:
+            self.bits = self.lowest = estimator.whole_bits
+        elif isinstance(estimator.bits, int):  # squeezed towards one target: that is the width
+            self.bits = self.lowest = estimator.bits
+        else:
+            self.lowest, highest = estimator.bits
+            self.bits = min(max(math.ceil(self.learned - 1e-6), self.lowest), highest)
+
+    def strain(self) -> float:
+        """How much one bit less adds to the squared distance from the learned width; offset to be positive."""
+        return (self.bits - 1 - self.learned) ** 2 - (self.bits - self.learned) ** 2 + 100.0
+
+
+def _limits(budget: Budget, costs: dict[str, cost.LayerCost], choices: dict[tuple[str, str], _Choice]):
+    """For each bound of the budget: its name, its value, what the choices spend, what one bit less saves."""
+
+    def mean(kind, elements):
+        total = sum(elements(costs[name]) for name, k in choices if k == kind)
+
+        def spent():
+            return (
+                sum(c.bits * elements(costs[name]) for (name, k), c in choices.items() if k == kind) / total
+            )
+
+        def saved(key):
+            return elements(costs[key[0]]) / total if key[1] == kind else 0.0
+
+        return spent, saved
+
+    if budget.mean_weight_bits is not None:
+        yield "mean_weight_bits", budget.mean_weight_bits, *mean("weight", lambda c: c.weights)
+    if budget.mean_activation_bits is not None:
+        yield "mean_activation_bits", budget.mean_activation_bits, *mean("activation", lambda c: c.inputs)
+    if budget.bops is not None:
+
+        def spent():
+            return sum(
+                costs[name].macs * choices[name, "weight"].bits * choices[name, "activation"].bits
+                for name, kind in choices
+                if kind == "weight"
+            )
+
+        def saved(key):
+            name, kind = key
+            other = choices[name, "activation" if kind == "weight" else "weight"]
+            return float(costs[name].macs * other.bits)
+
+        yield "bops", budget.bops, spent, saved
+
+
+def layer_widths(layer: QATLayer) -> tuple[float, float]:
+    """Width of a layer's weight and of its input at this moment, as plain numbers."""
+    return float(cost.weight_bits(layer).detach()), float(cost.activation_bits(layer).detach())

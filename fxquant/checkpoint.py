@@ -1,0 +1,163 @@
+"""Files of a run: written whole or not at all, read without executing anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from .errors import CheckpointError, OutputFolderError
+from .recipe import Recipe, RecipeError, parse_recipe
+
+CHECKPOINT, INTEGER_MODEL, RESULT, RECIPE = (
+    "checkpoint.pt",
+    "integer.safetensors",
+    "result.json",
+    "recipe.json",
+)
+
+_CHECKPOINT_FORMAT = "fxquant-checkpoint-1"
+_INTEGER_FORMAT = "fxquant-integer-1"
+
+
+def claim_output(folder: Path, resume: bool) -> None:
+    """Make ``folder`` ready to be written to.
+
+    Raises:
+        OutputFolderError: where it holds something and ``resume`` was not asked for, or cannot be written.
+    """
+    try:
+        found = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+        if found and not resume:
+            raise OutputFolderError(
+                f"{folder} is not empty (it holds {', '.join(found[:5])}); pass --resume to go on with the run in "
+                "it, or name another --output"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputFolderError(f"{folder} cannot be used for output: {error.strerror}") from None
+
+
+def _write(path: Path, write) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then move it there in one step."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputFolderError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write ``values`` as JSON, whole or not at all."""
+    _write(path, lambda p: p.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8"))
+
+
+def save_checkpoint(folder: Path, recipe: Recipe, state: dict[str, Any]) -> None:
+    """Write the state of a run, of tensors and plain values only."""
+    content = {"format": _CHECKPOINT_FORMAT, "recipe": recipe.to_json(), **state}
+    _write(folder / CHECKPOINT, lambda p: torch.save(content, p))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what :func:`save_checkpoint` wrote.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, or something else.
+    """
+    try:
+        content = torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; nothing can be resumed or lowered from it") from None
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path} is damaged, or no checkpoint at all ({str(error).splitlines()[0][:120]}); start the run anew "
+            "in another folder"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != _CHECKPOINT_FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(
+            f"{path} is no checkpoint of fxquant (format {found!r}, {_CHECKPOINT_FORMAT!r} was expected)"
+        )
+    return content
+
+
+def checkpoint_for(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The checkpoint to resume from, ``None`` where the run had not got that far.
+
+    Raises:
+        CheckpointError: where it is of another recipe, with the keys that differ.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        if any(folder.iterdir()):
+            raise CheckpointError(
+                f"--resume was asked for, but {folder} holds no {CHECKPOINT}; name the folder of the run"
+            )
+        return None
+    content = load_checkpoint(path)
+    if content["recipe"] != recipe.to_json():
+        differing = _differences(json.loads(content["recipe"]), json.loads(recipe.to_json()))
+        raise CheckpointError(
+            f"{path} is of another recipe than the one given; it differs in {', '.join(differing)}. Resume with the "
+            "same recipe, seed and --set, or name another --output"
+        )
+    return content
+
+
+def save_integer_model(path: Path, recipe: Recipe, state: dict[str, torch.Tensor]) -> None:
+    """Write a reference graph's tensors (uint8 grids, int8 weights, int32 biases, scales) with its recipe."""
+    metadata = {"format": _INTEGER_FORMAT, "recipe": recipe.to_json()}
+    tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
+    _write(path, lambda p: safetensors.torch.save_file(tensors, str(p), metadata=metadata))
+
+
+def load_integer_model(path: Path) -> tuple[Recipe, dict[str, torch.Tensor]]:
+    """Read what :func:`save_integer_model` wrote.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, or something else.
+    """
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as an integer model ({error})") from None
+    if metadata.get("format") != _INTEGER_FORMAT:
+        raise CheckpointError(
+            f"{path} is no integer model of fxquant (format {metadata.get('format')!r}, {_INTEGER_FORMAT!r} was "
+            "expected)"
+        )
+    return stored_recipe(metadata["recipe"], path), tensors
+
+
+def stored_recipe(text: str, path: Path) -> Recipe:
+    """The recipe inside of a file.
+
+    Raises:
+        CheckpointError: where this version cannot read it.
+    """
+    try:
+        return parse_recipe(json.loads(text), str(path))
+    except (RecipeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"the recipe stored in {path} cannot be read: {error}") from None
+
+
+def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:
+    out = []
+    for key in sorted({*before, *after}):
+        a, b = before.get(key), after.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key} ({a!r} there, {b!r} here)")
+    return out

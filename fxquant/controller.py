@@ -1,0 +1,117 @@
+"""Controller: which phase training is in, and the schedule values of that step."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .allocate import fix_widths
+from .cost import quantizer_parameters
+from .errors import CheckpointError, SpecError
+from .estimators import Estimator
+from .spec import Budget
+
+
+class Controller:
+    """Takes a prepared model through its phases; call :meth:`step` after every optimizer step.
+
+    * ``train``: estimators follow their schedules (PEGE's curriculum, GDNSQ's temperature, NIPQ's noise).
+    * ``finetune``, the last ``finetune`` share of the steps: learned widths have become whole, inside the budget,
+      and noise is off; weights and ranges go on learning what will ship.
+
+    Args:
+        model: from :func:`fxquant.prepare` (or torch.ao's own prepare with our qconfigs).
+        total_steps: optimizer steps of the whole training.
+        budget: what the whole widths must keep to.
+        finetune: share of the steps, in [0, 1).
+
+    Raises:
+        SpecError: for steps or a share that make no sense.
+    """
+
+    def __init__(
+        self, model: nn.Module, total_steps: int, *, budget: Budget | None = None, finetune: float = 0.25
+    ):
+        if total_steps < 1:
+            raise SpecError(f"total_steps={total_steps!r} was asked for; training takes at least one step")
+        if not 0 <= finetune < 1:
+            raise SpecError(
+                f"finetune={finetune!r} was asked for; it is a share of the steps, from 0 to below 1"
+            )
+        self.model, self.total_steps, self.budget = model, total_steps, budget
+        self.finetune_begins = round((1 - finetune) * total_steps)
+        self.steps_done = 0
+        self._schedules = [
+            (estimator, name, schedule)
+            for estimator in model.modules()
+            if isinstance(estimator, Estimator)
+            for name, schedule in estimator.schedules(self.finetune_begins).items()
+        ]
+        self._settled = False
+        self._apply()
+
+    @property
+    def phase(self) -> str:
+        """``train`` or ``finetune``."""
+        return "finetune" if self.steps_done >= self.finetune_begins else "train"
+
+    def step(self) -> None:
+        """One optimizer step was taken."""
+        self.steps_done += 1
+        self._apply()
+
+    def _apply(self) -> None:
+        for estimator, name, schedule in self._schedules:
+            setattr(estimator, name, schedule(self.steps_done))
+        if self.phase == "finetune" and not self._settled:
+            fix_widths(self.model, self.budget)
+            self._settled = True
+
+    def state_dict(self) -> dict:
+        """What :meth:`load_state_dict` needs to go on: plain numbers."""
+        return {"steps_done": self.steps_done, "total_steps": self.total_steps, "settled": self._settled}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where ``state`` was taken. Load the model's own state before.
+
+        Raises:
+            CheckpointError: where the state is of a training of another length.
+        """
+        if state["total_steps"] != self.total_steps:
+            raise CheckpointError(
+                f"the checkpoint is of a training of {state['total_steps']} steps, this one has {self.total_steps}; "
+                "resume with the same epochs, batch size and data"
+            )
+        self.steps_done, self._settled = state["steps_done"], state["settled"]
+        self._apply()
+
+
+def param_groups(
+    model: nn.Module, lr: float, *, quantizer_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict]:
+    """Parameter groups for any optimizer: weights, norms and biases, quantizers.
+
+    Args:
+        model: a prepared model.
+        lr: learning rate of weights, norms and biases.
+        quantizer_lr: learning rate of steps, ranges, zero-points and widths; ``lr`` when not given.
+        weight_decay: for weights alone. Decay would pull a quantizer's logarithms and a norm's scale to 0.
+    """
+    quantizers = [p for p in quantizer_parameters(model) if p.requires_grad]
+    known = {id(p) for p in quantizer_parameters(model)}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    groups = [
+        {
+            "name": "weights",
+            "params": [p for p in others if p.ndim > 1],
+            "lr": lr,
+            "weight_decay": weight_decay,
+        },
+        {"name": "norms", "params": [p for p in others if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+        {
+            "name": "quantizers",
+            "params": quantizers,
+            "lr": lr if quantizer_lr is None else quantizer_lr,
+            "weight_decay": 0.0,
+        },
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,85 @@
+"""convert(): a frozen model to the reference integer graph, in explicit integer operators."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import fx, nn
+
+from .errors import NotFrozenError
+from .estimators import Estimator
+from .integer import Dequantize, Quantize
+from .layers import QATLayer
+from .prepare import prepared_info
+
+SOURCE = "fxquant_source"
+"""Key of a reference node's ``meta``: the name of the prepared graph's node that computes the same tensor."""
+
+
+def convert(model: fx.GraphModule) -> fx.GraphModule:
+    """The reference integer graph of a frozen model; the model itself is left as it is.
+
+    Each layer becomes three nodes: :class:`~fxquant.integer.Quantize` (to uint8 at the layer's own width),
+    :class:`~fxquant.integer.IntegerConv2d` or ``IntegerLinear`` (uint8 x int8 + int32 bias -> int32) and
+    :class:`~fxquant.integer.Rescale` (to float32). Each edge becomes ``Quantize`` and ``Dequantize``. All else is
+    float, as it was in training. The result equals the frozen model bit for bit.
+
+    Raises:
+        NotFrozenError: before :func:`fxquant.freeze`.
+    """
+    info = prepared_info(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    quantized = [m for m in modules.values() if isinstance(m, (QATLayer, Estimator))]
+    if not all(m.frozen if isinstance(m, QATLayer) else m._frozen for m in quantized):
+        raise NotFrozenError(
+            "convert was asked for while quantizers still train; call fxquant.freeze(model, budget) first"
+        )
+    root = nn.Module()
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+
+    def call(name: str, module: nn.Module, argument: fx.Node) -> fx.Node:
+        flat = name.replace(".", "_")
+        if not hasattr(root, flat):
+            root.add_module(flat, module)
+        return graph.create_node("call_module", flat, (argument,), name=flat)
+
+    for node in model.graph.nodes:
+        module = modules[node.target] if node.op == "call_module" else None
+        if isinstance(module, QATLayer):
+            form = copy.deepcopy(module.integer_form())
+            codes = call(f"{node.target}_quantize", form.quantize, env[node.args[0]])
+            sums = call(f"{node.target}_integer", form.layer, codes)
+            env[node] = call(f"{node.target}_rescale", form.rescale, sums)
+            env[node].meta[SOURCE] = node.name
+        elif isinstance(module, Estimator):
+            scale, zero = module.calculate_qparams()
+            entry = Quantize(scale, zero, module.quant_min, module.quant_max)
+            codes = call(f"{node.target}_quantize", entry, env[node.args[0]])
+            env[node] = call(f"{node.target}_dequantize", Dequantize(scale, zero), codes)
+            env[node].meta[SOURCE] = node.name
+        elif module is not None:
+            env[node] = graph.node_copy(node, env.__getitem__)
+            env[node].target = node.target.replace(".", "_")
+            if not hasattr(root, env[node].target):
+                root.add_module(env[node].target, copy.deepcopy(module))
+        else:
+            if node.op == "get_attr":
+                _copy_attribute(model, root, node.target)
+            env[node] = graph.node_copy(node, env.__getitem__)
+    graph.lint()
+    reference = fx.GraphModule(root, graph, f"{type(model).__name__}Reference")
+    reference.meta["fxquant"] = copy.copy(info)
+    return reference.eval().requires_grad_(False)
+
+
+def _copy_attribute(source: nn.Module, target: nn.Module, path: str) -> None:
+    *parents, name = path.split(".")
+    for parent in parents:
+        source = getattr(source, parent)
+        if not hasattr(target, parent):
+            target.add_module(parent, nn.Module())
+        target = getattr(target, parent)
+    value = getattr(source, name)
+    if not hasattr(target, name):
+        target.register_buffer(name, value.detach().clone())

@@ -1,0 +1,124 @@
+"""What a quantized model costs: multiply-accumulates, bits, bytes, bit operations. One definition of each.
+
+All widths come from ``bit_width()`` of the estimators, so every figure is differentiable where widths are learned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .estimators import Estimator
+from .layers import QATConv2d, QATLayer
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """The sizes of one layer, for one image.
+
+    Attributes:
+        macs: multiply-accumulates.
+        weights: elements of the weight.
+        inputs: elements of the tensor that enters.
+    """
+
+    macs: int
+    weights: int
+    inputs: int
+
+
+def qat_layers(model: nn.Module) -> dict[str, QATLayer]:
+    """The layers that train quantized, by name, in the order of the module tree."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QATLayer)}
+
+
+@torch.no_grad()
+def measure_costs(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[str, LayerCost]:
+    """Run ``example_inputs`` through ``model`` once and read off every quantized layer's sizes per image."""
+    costs: dict[str, LayerCost] = {}
+    handles = []
+    for name, layer in qat_layers(model).items():
+
+        def note(layer, args, out, name=name):
+            images = args[0].shape[0]
+            per_output = layer.weight[0].numel()
+            macs = out.numel() * per_output // images
+            before = costs.get(name)
+            costs[name] = LayerCost(
+                macs + (before.macs if before else 0), layer.weight.numel(), args[0].numel() // images
+            )
+
+        handles.append(layer.register_forward_hook(note))
+    training = model.training
+    try:
+        model.eval()(*example_inputs)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return costs
+
+
+def weight_bits(layer: QATLayer) -> Tensor:
+    """Mean width of a layer's weight, a scalar."""
+    return layer.weight_fake_quant.bit_width().mean()
+
+
+def activation_bits(layer: QATLayer) -> Tensor:
+    """Width of a layer's input, a scalar."""
+    return layer.input_fake_quant.bit_width().mean()
+
+
+def mean_weight_bits(layers: dict[str, QATLayer], costs: dict[str, LayerCost]) -> Tensor:
+    """``sum(bits * elements) / sum(elements)`` over the weights of all quantized layers."""
+    return _weighted_mean([(weight_bits(layer), costs[name].weights) for name, layer in layers.items()])
+
+
+def mean_activation_bits(layers: dict[str, QATLayer], costs: dict[str, LayerCost]) -> Tensor:
+    """``sum(bits * elements) / sum(elements)`` over the inputs of all quantized layers, per image."""
+    return _weighted_mean([(activation_bits(layer), costs[name].inputs) for name, layer in layers.items()])
+
+
+def bops(layers: dict[str, QATLayer], costs: dict[str, LayerCost]) -> Tensor:
+    """Bit operations per image: ``sum(MACs * weight bits * activation bits)`` over quantized layers."""
+    return torch.stack(
+        [costs[name].macs * weight_bits(layer) * activation_bits(layer) for name, layer in layers.items()]
+    ).sum()
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters of a float model, 4 each."""
+    return 4 * sum(p.numel() for p in model.parameters())
+
+
+def ideal_weight_bytes(model: nn.Module) -> int:
+    """Bytes of a frozen model's parameters packed at their own widths.
+
+    Quantized weights take ``elements * bits / 8`` bytes, rounded up per layer; each of their output channels a
+    float32 scale and an int32 bias; what stayed float takes 4 bytes an element. BatchNorm is folded away.
+    """
+    layers = qat_layers(model)
+    total = 0
+    counted: set[int] = set()
+    for layer in layers.values():
+        bits = int(weight_bits(layer).detach().round())
+        total += -(-layer.weight.numel() * bits // 8) + 8 * layer.weight.shape[0]
+        counted.update(id(p) for p in layer.parameters())
+        if isinstance(layer, QATConv2d) and layer.bn is not None:
+            counted.update(id(p) for p in layer.bn.parameters())
+    estimators = {id(p) for p in quantizer_parameters(model)}
+    return total + sum(
+        4 * p.numel() for p in model.parameters() if id(p) not in counted and id(p) not in estimators
+    )
+
+
+def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All learnable parameters of quantizers."""
+    return [p for m in model.modules() if isinstance(m, Estimator) for p in m.parameters(recurse=False)]
+
+
+def _weighted_mean(pairs: list[tuple[Tensor, int]]) -> Tensor:
+    total = sum(elements for _, elements in pairs)
+    return torch.stack([bits * (elements / total) for bits, elements in pairs]).sum()

@@ -1,0 +1,186 @@
+"""GDNSQ: Gradual Differentiable Noise Scale Quantization (arXiv 2508.14004).
+
+A quantized network is a chain of noisy channels. GDNSQ learns the noise scale (step) and range of each, starts
+them at a high width and squeezes the widths to their targets by an exterior-point penalty; the task loss is the
+Jeffreys divergence to the float model (:class:`fxquant.QATLoss`, ``distillation="jeffreys"``). From the authors'
+code fxquant takes: ``log2 s`` learned per activation tensor and per weight channel, ``log2 q`` (range) per
+activation tensor, a weight's range being its own; the gradient to s with the rounding residual replaced by a random
+sign times ``1/sqrt(12)``; the hinge ``max(0, b - (target - 1e-3))``, averaged over weights and over activations,
+each weighted by its share of violated constraints, times the running mean of the task loss, times a temperature
+that is 0 during warm-up and then grows linearly. Where fxquant departs:
+
+* the grid is the shared one (symmetric weights, integer zero-points), so the width of a weight channel is
+  ``log2(α/s + 1) + 1`` with α = max|w|, and of an activation ``log2(q/s + 1)``: the inverses of the grid's table;
+* when the squeeze is over, the grid is whole and s is a step again, so its gradient is the residual itself;
+* a target of 1 bit for weights uses the binary grid from the start, for there is no grid between two levels and
+  three to be squeezed through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SpecError
+from ..schedule import Schedule, linear
+from .base import Bits, LearnedStep
+
+_MARGIN = 1e-3
+
+
+class GDNSQ(LearnedStep):
+    """Learned noise scale and range; widths that are squeezed to their target, or learned below it.
+
+    Args:
+        bits: target width, or (lowest, highest): the width is then learned under the target ``highest``.
+        initial_bits: real width at which the squeeze starts. ``None`` (what a plain QConfig gets, for there is
+            no penalty without :class:`fxquant.QATLoss`) starts at the target, as a whole grid.
+        noise_gradient: whether the step's gradient is that of a noise scale while widths are squeezed, as in
+            the paper; False takes the residual (LSQ-like).
+        warmup: share of the training steps without penalty.
+        temperature: what the penalty's temperature has grown to at the end of training.
+    """
+
+    name = "gdnsq"
+    can_learn_width = True
+
+    def __init__(
+        self,
+        bits: Bits = 8,
+        *,
+        initial_bits: float | None = None,
+        noise_gradient: bool = True,
+        warmup: float = 0.05,
+        temperature: float = 20.0,
+        **options,
+    ):
+        if initial_bits is not None and not 1 < initial_bits <= 16:
+            raise SpecError(f"initial_bits={initial_bits!r} was asked for; it lies above 1 and at most 16")
+        if not 0 <= warmup < 1:
+            raise SpecError(f"warmup={warmup!r} was asked for; it is a share of the steps, 0 to 1")
+        if not temperature >= 0:
+            raise SpecError(f"temperature={temperature!r} was asked for; it must be at least 0")
+        super().__init__(bits, **options)
+        if isinstance(self.bits, tuple):
+            initial_bits = float(self.bits[1]) if initial_bits is None else initial_bits
+        self.initial_bits, self.noise_gradient = initial_bits, noise_gradient
+        self.warmup, self.final_temperature = warmup, temperature
+        self.temperature = 0.0
+        # A weight's own range, max|w| per scale, as of the last forward.
+        self.register_buffer("weight_range", torch.ones(self.channels, device=self._device))
+        self.log2_range = None
+        if self.scheme != "symmetric":
+            self.log2_range = nn.Parameter(torch.zeros(self.channels, device=self._device))
+        if initial_bits is not None and not (self.scheme == "symmetric" and self.bits == 1):
+            self.width_fixed.zero_()
+        self._read_flags()
+
+    @property
+    def target(self) -> int:
+        """The width that the penalty pushes towards: from above, never below."""
+        return self._first_whole_width()
+
+    def schedules(self, total_steps: int) -> dict[str, Schedule]:
+        begin = self.warmup * total_steps
+        return {"temperature": linear(0.0, self.final_temperature, total_steps - begin, begin)}
+
+    def bit_width(self) -> Tensor:
+        """Real width, [channels], differentiable in ``log2_scale`` and ``log2_range``."""
+        if not self.learns_width:
+            return self.width
+        if self.scheme == "symmetric":
+            return torch.log2(self.weight_range / self.scale() + 1) + 1
+        return torch.log2(torch.exp2(self.log2_range - self.log2_scale) + 1)
+
+    @property
+    def quant_min(self) -> int:
+        if self.learns_width:
+            return -self.quant_max if self.grid_scheme == "symmetric" else 0
+        return super().quant_min
+
+    @property
+    def quant_max(self) -> int:
+        if self.learns_width:
+            with torch.no_grad():
+                return int(torch.round(self._extent() / self.scale()).max())
+        return super().quant_max
+
+    def _extent(self) -> Tensor:
+        """What the steps of the grid span, [channels]: max|w| of a weight, the range of an activation."""
+        return self.weight_range if self.scheme == "symmetric" else torch.exp2(self.log2_range)
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        extent = self._safe_width(low, high)
+        if self.log2_range is not None:
+            self.log2_range.copy_(torch.log2(extent))
+        if self.learns_width:
+            if self.scheme == "symmetric":
+                self.weight_range.copy_(extent)
+                steps = 2 ** (self.initial_bits - 1) - 1
+            else:
+                steps = 2**self.initial_bits - 1
+            self.log2_scale.copy_(torch.log2(extent / steps))
+            self._set_zero_fraction(low, high)
+        else:
+            super().set_range(low, high)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        if self.learns_width:
+            extent = self._extent()
+            if self.scheme == "symmetric":
+                return -extent, extent
+            share = (
+                self.zero_fraction.clamp(0, 1) if self.grid_scheme == "affine" else torch.zeros_like(extent)
+            )
+            return -share * extent, (1 - share) * extent
+        return super().range()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.learns_width and self.scheme == "symmetric":
+            with torch.no_grad():
+                kept = (
+                    x.abs().amax()
+                    if self.axis is None
+                    else x.abs().transpose(0, self.axis).flatten(1).amax(1)
+                )
+                self.weight_range.copy_(torch.where(kept > 0, kept, self.weight_range))
+        return super().forward(x)
+
+    def train_forward(self, x: Tensor) -> Tensor:
+        if not self.learns_width:
+            return self.straight_through(x)
+        if self.scheme != "symmetric":
+            low, high = (self._viewed(end, x) for end in self.range())
+            x = torch.clamp(x, low, high)  # the range learns from what it cuts off
+        return self.straight_through(x, noise_gradient=self.noise_gradient)
+
+    def _initialize(self, observer) -> None:
+        # While the width is being squeezed the range is min-max: nothing is clipped until it is learned.
+        init = self.init
+        if self.learns_width:
+            self.init = "minmax"
+        try:
+            super()._initialize(observer)
+        finally:
+            self.init = init
+
+    def zero_point(self, levels: Tensor | float | None = None) -> Tensor:
+        if self.learns_width and self.grid_scheme == "affine":
+            levels = (self._extent() / self.scale()).detach()
+        return super().zero_point(levels)
+
+    @classmethod
+    def regularizer(cls, estimators: Sequence[GDNSQ], task_loss: Tensor) -> Tensor | None:
+        squeezed = [e for e in estimators if e.learns_width]
+        parts = []
+        for weights in (True, False):
+            group = [e for e in squeezed if (e.scheme == "symmetric") == weights]
+            if not group:
+                continue
+            excess = torch.cat([(e.bit_width() - (e.target - _MARGIN)).clamp(min=0) for e in group])
+            parts.append(excess.mean() * (excess.detach() > 0).to(excess.dtype).mean())
+        if not parts:
+            return None
+        return squeezed[0].temperature * task_loss * torch.stack(parts).sum()

@@ -1,0 +1,195 @@
+"""NIPQ: Noise proxy-based Integrated Pseudo-Quantization (Park et al., CVPR 2023, arXiv 2206.00820).
+
+Training replaces rounding by noise with the distribution of the true rounding error, so that the gradient of what
+is computed is exact; truncation range and width are learned with it. As in the authors' code, the range is
+``α = softplus(a)`` and a learned width is ``b = b_min + (b_max - b_min)·sigmoid(β)``, jittered by U(-½, ½) and
+rounded with a straight-through gradient at every step. Where fxquant departs:
+
+* noise is drawn from the tensor's own residuals by sampling with replacement, which is the exact empirical
+  distribution that the authors' 256-bin histogram approximates (``sampler="histogram"`` gives theirs);
+* the grid is the shared one, with an integer zero-point, and a width of 1 is the binary grid;
+* widths stay within 1-8, since nothing else converts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import grid
+from ..errors import SpecError
+from .base import Bits, Estimator
+
+SAMPLERS = ("bootstrap", "histogram")
+
+
+class NIPQ(Estimator):
+    """Noise instead of rounding while training; true rounding in eval and once the width is fixed.
+
+    Args:
+        bits: whole width, or (lowest, highest) to learn it.
+        sampler: ``bootstrap`` draws from the tensor's residuals, ``histogram`` from 256 bins of them.
+        initial_width: where a learned width starts, as a share of the interval, in (0, 1).
+    """
+
+    name = "nipq"
+    can_learn_width = True
+
+    def __init__(
+        self,
+        bits: Bits = 8,
+        *,
+        sampler: str = "bootstrap",
+        initial_width: float = 0.9,
+        **options,
+    ):
+        if sampler not in SAMPLERS:
+            raise SpecError(f"sampler={sampler!r} was asked for; known: {', '.join(SAMPLERS)}")
+        if not 0 < initial_width < 1:
+            raise SpecError(f"initial_width={initial_width!r} was asked for; it lies between 0 and 1")
+        super().__init__(bits, **options)
+        self.sampler = sampler
+        # Set by fix_width: from then on true rounding, with a straight-through gradient.
+        self.register_buffer("noise_off", torch.zeros(1, dtype=torch.uint8, device=self._device))
+        self.raw_range = nn.Parameter(torch.zeros(self.channels, device=self._device))
+        if isinstance(self.bits, tuple):
+            start = math.log(initial_width / (1 - initial_width))
+            self.raw_width = nn.Parameter(torch.full((1,), start, device=self._device))
+        else:
+            self.raw_width = None
+        self._read_flags()
+
+    def alpha(self) -> Tensor:
+        """Width of the truncation range, [channels]: ``softplus(raw_range)``."""
+        return F.softplus(self.raw_range)
+
+    def bit_width(self) -> Tensor:
+        if not self.learns_width:
+            return self.width
+        low, high = self.bits
+        return low + (high - low) * torch.sigmoid(self.raw_width)
+
+    @property
+    def whole_bits(self) -> int:
+        if not self.learns_width:
+            return self._bits
+        return int(torch.round(self.bit_width().detach()))
+
+    def scale(self) -> Tensor:
+        return self._scale_at(self.whole_bits)
+
+    def _scale_at(self, bits: Tensor | int) -> Tensor:
+        return self.alpha() / self._steps_at(bits)
+
+    def _steps_at(self, bits: Tensor | int) -> Tensor | float:
+        """Steps that alpha spans at a (differentiable) width."""
+        if self.grid_scheme != "symmetric":
+            return 2**bits - 1
+        if isinstance(bits, int):
+            return float(max(2 ** (bits - 1) - 1, 1))
+        return (2 ** (bits - 1) - 1).clamp(min=1)
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        alpha = self._safe_width(low, high)
+        # The inverse of softplus; for large values it is the identity to float precision.
+        self.raw_range.copy_(torch.where(alpha > 20, alpha, torch.log(torch.expm1(alpha.clamp(max=20)))))
+        self._set_zero_fraction(low, high)
+
+    @property
+    def noise(self) -> bool:
+        """Whether training still replaces rounding by noise."""
+        return not self._noise_off
+
+    @property
+    def settled(self) -> bool:
+        return super().settled and not self.noise
+
+    def fix_width(self, bits: int) -> None:
+        self.noise_off.fill_(1)
+        super().fix_width(bits)
+
+    def train_forward(self, x: Tensor) -> Tensor:
+        bits = self._jittered_width() if self.learns_width else self._bits
+        whole = int(bits)
+        quant_min, quant_max = grid.bounds(whole, self.grid_scheme)
+        scale = self._viewed(self._scale_at(bits), x)
+        zero = self._viewed(self.zero_point(quant_max - quant_min), x)
+        return NoiseProxyFunction.apply(
+            x,
+            scale,
+            self._viewed(self.alpha(), x),
+            zero,
+            quant_min,
+            quant_max,
+            grid.is_binary(whole, self.grid_scheme),
+            self.sampler if self.noise else None,
+        )
+
+    def _jittered_width(self) -> Tensor:
+        width = self.bit_width()
+        jitter = torch.rand_like(width) - 0.5
+        low, high = self.bits
+        return grid.round_straight_through(width + jitter).clamp(low, high)
+
+    def _read_flags(self) -> None:
+        super()._read_flags()
+        self._noise_off = bool(getattr(self, "noise_off", False))
+
+
+class NoiseProxyFunction(torch.autograd.Function):
+    """``x + n·s`` inside the truncation range, its bound outside; n from the empirical residuals of x.
+
+    Gradients: to x, 1 inside and 0 outside; to s, ``n`` inside; to alpha, the bound's share of alpha (±1 where
+    the range is one-sided or symmetric) outside; to z, ``-s`` outside. None flows into n. With ``sampler=None``
+    the residual itself takes the place of n: true rounding with the same gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, alpha, zero_point, quant_min, quant_max, binary, sampler):
+        if binary:
+            level = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+            inside = x.abs() <= 2 * scale
+            noise = level - x / scale  # in units of s, half the distance between the two levels
+        else:
+            u = x * (1.0 / scale)
+            rounded = torch.round(u)
+            level = (rounded + zero_point).clamp(quant_min, quant_max) - zero_point
+            inside = (u >= quant_min - zero_point) & (u <= quant_max - zero_point)
+            noise = rounded - u
+        if sampler is not None:
+            noise = _draw(noise, sampler)
+            out = torch.where(inside, x + noise * scale, level * scale)
+        else:
+            out = level * scale
+        steps = quant_max if quant_min < 0 else quant_max - quant_min
+        ctx.save_for_backward(inside, noise, level / steps, scale)
+        ctx.shapes = scale.shape, alpha.shape, zero_point.shape
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        inside, noise, share, scale = ctx.saved_tensors
+        scale_shape, alpha_shape, zero_shape = ctx.shapes
+        grad_inside = torch.where(inside, grad, 0.0)
+        grad_outside = grad - grad_inside
+        grad_scale = (grad_inside * noise).sum_to_size(scale_shape)
+        grad_alpha = (grad_outside * share).sum_to_size(alpha_shape)
+        grad_zero = (-grad_outside * scale).sum_to_size(zero_shape) if ctx.needs_input_grad[3] else None
+        return grad_inside, grad_scale, grad_alpha, grad_zero, None, None, None, None
+
+
+def _draw(residual: Tensor, sampler: str) -> Tensor:
+    """Noise of ``residual``'s shape, drawn from the distribution of its own values."""
+    flat = residual.flatten()
+    if sampler == "bootstrap":
+        return flat[torch.randint(flat.numel(), flat.shape, device=flat.device)].view_as(residual)
+    half = max(float(flat.abs().max()), 1e-12)
+    bins = 256
+    index = ((flat + half) * (bins / (2 * half))).long().clamp_(0, bins - 1)
+    counts = torch.bincount(index, minlength=bins).to(torch.float32)
+    drawn = torch.multinomial(counts, flat.numel(), replacement=True)
+    jittered = (drawn + torch.rand_like(flat)) * (2 * half / bins) - half
+    return jittered.view_as(residual)

@@ -1,0 +1,75 @@
+"""freeze(): whole widths inside the budget, BatchNorm re-estimated, every scale fixed for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from . import cost
+from .allocate import fix_widths
+from .errors import SpecError
+from .estimators import Estimator
+from .layers import QATLayer
+from .prepare import _images, prepared_info
+from .spec import Budget
+
+
+def freeze(
+    model: nn.Module, budget: Budget | None = None, *, calibration: Iterable | None = None
+) -> dict[str, tuple[int, int]]:
+    """Turn a trained, prepared model into the one that converts: in place, and for good.
+
+    In this order: learned widths become whole, inside ``budget``; noise goes off; BatchNorm statistics are
+    re-estimated under true rounding; scales and zero-points are fixed. Afterwards every layer computes on
+    integers, in eval and in train mode alike, and :func:`fxquant.convert` is exact.
+
+    Args:
+        model: from :func:`fxquant.prepare`.
+        budget: what the whole widths must keep to.
+        calibration: batches for BatchNorm; those given to ``prepare`` when not given here. Without either,
+            BatchNorm keeps its running statistics.
+
+    Returns:
+        (weight bits, activation bits) of each quantized layer, by name.
+
+    Raises:
+        SpecError: for a model that prepare() did not make, or a budget that no widths in reach can meet.
+    """
+    info = prepared_info(model)
+    for estimator in (m for m in model.modules() if isinstance(m, Estimator)):
+        estimator.require_initialized()
+    widths = fix_widths(model, budget)
+    data = calibration if calibration is not None else info.calibration
+    if data is not None:
+        reestimate_batch_norm(model, data)
+    for module in model.modules():
+        if isinstance(module, (QATLayer, Estimator)):
+            module.freeze()
+    model.eval()
+    return widths
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, batches: Iterable) -> None:
+    """Replace BatchNorm's running statistics by the mean over ``batches``, quantizers rounding as in eval."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    if any(layer.frozen for layer in cost.qat_layers(model).values()):
+        raise SpecError("BatchNorm of a frozen model is folded away and cannot be re-estimated")
+    training, momenta = model.training, [norm.momentum for norm in norms]
+    device = next(model.parameters()).device
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative mean
+        norm.train()
+    try:
+        for images in _images(batches):
+            model(images.to(device))
+    finally:
+        model.train(training)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -1,0 +1,160 @@
+"""The integer grid: which integers a width has, and the arithmetic between them and real numbers.
+
+Pure tensor functions; nothing here knows of torch.ao, of modules or of training. This table is the contract
+that training, the reference graph and every lowering share (b is the width in bits):
+
+==================  ===================  ==================================  =========================
+scheme              integers             step from the range [lo, hi]        zero-point
+==================  ===================  ==================================  =========================
+symmetric, b >= 2   -(2^(b-1)-1) .. +    hi / (2^(b-1) - 1),  lo = -hi        0
+symmetric, b = 1    -1, +1 (no zero)     hi                                  0
+one_sided           0 .. 2^b - 1         hi / (2^b - 1),      lo = 0          0
+affine              0 .. 2^b - 1         (hi - lo) / (2^b - 1)               round(-lo / step), integer
+==================  ===================  ==================================  =========================
+
+A real number x becomes the integer ``q = clamp(round(x * (1/s)) + z, qmin, qmax)`` (round half to even, in
+float32, multiplying by the reciprocal as integer kernels do) and reads back as ``(q - z) * s``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import SpecError
+
+MIN_BITS, MAX_BITS = 1, 8
+SCHEMES = ("symmetric", "one_sided", "affine")
+
+
+def check_bits(bits: int, what: str = "bits") -> int:
+    """``bits`` as an int if it is a whole width from 1 to 8.
+
+    Raises:
+        SpecError: otherwise.
+    """
+    if isinstance(bits, bool) or not float(bits).is_integer() or not MIN_BITS <= bits <= MAX_BITS:
+        raise SpecError(
+            f"{what}={bits!r} was asked for; widths are whole numbers of bits from {MIN_BITS} to {MAX_BITS}"
+        )
+    return int(bits)
+
+
+def bounds(bits: int, scheme: str) -> tuple[int, int]:
+    """Smallest and largest integer of a width.
+
+    >>> bounds(4, "symmetric"), bounds(1, "symmetric"), bounds(4, "affine")
+    ((-7, 7), (-1, 1), (0, 15))
+    """
+    if scheme == "symmetric":
+        top = max(2 ** (bits - 1) - 1, 1)
+        return -top, top
+    return 0, 2**bits - 1
+
+
+def is_binary(bits: int, scheme: str) -> bool:
+    """Whether the grid is the two-level one without a zero, {-s, +s}."""
+    return scheme == "symmetric" and bits == 1
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, binary: bool = False
+) -> Tensor:
+    """Real numbers to the integers of a grid, carried in ``x``'s floating dtype.
+
+    ``scale`` and ``zero_point`` broadcast against ``x`` (see :func:`channel_view`). A binary grid has no zero:
+    x >= 0 becomes +1, anything else -1.
+    """
+    if binary:
+        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+    return (torch.round(x * (1.0 / scale)) + zero_point).clamp(quant_min, quant_max)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Integers of a grid (in any dtype) to the float32 numbers they stand for, ``(q - z) * s``."""
+    return (q.to(scale.dtype) - zero_point) * scale
+
+
+def channel_view(parameter: Tensor, ndim: int, axis: int | None) -> Tensor:
+    """A per-channel vector [C] shaped to broadcast against an ``ndim``-dimensional tensor along ``axis``.
+
+    A single value (or ``axis=None``) is returned as a scalar, which broadcasts against anything.
+    """
+    if parameter.numel() == 1:
+        return parameter.reshape(())
+    if axis is None:
+        raise SpecError(f"{parameter.numel()} scales were given for a tensor that is quantized as a whole")
+    shape = [1] * ndim
+    shape[axis] = -1
+    return parameter.reshape(shape)
+
+
+class FakeQuantizeFunction(torch.autograd.Function):
+    """Quantize and dequantize with the straight-through family of gradients, in one autograd node.
+
+    With ``u = x/s``, the rounding residual ``r = round(u) - u`` (in steps), incoming gradient ``g``:
+
+    * to ``x``: ``g * (1 + delta * sign(g) * (-r))`` inside the range, 0 outside. ``delta = 0`` is the plain
+      straight-through estimator, ``delta > 0`` the element-wise scaling of EWGS (CVPR 2021, arXiv 2104.00903,
+      equation 6).
+    * to ``s``: ``gradient_scale * sum(g * t)`` with ``t = r`` inside and ``q - z`` outside (LSQ, arXiv
+      1902.08153, equation 3). With ``noise_gradient`` the residual inside is replaced by a random sign times
+      ``1/sqrt(12)``, the standard deviation of uniform rounding noise (GDNSQ, arXiv 2508.14004).
+    * to ``z``: ``-s * g`` summed over the elements outside (inside, z cancels).
+
+    On the binary grid ``q`` does not depend on ``s``, so t = q everywhere; the range of its two cells is
+    ``|x| <= 2s`` and its residual is taken in steps of ``2s``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x, scale, zero_point, quant_min, quant_max, binary, delta, noise_gradient, gradient_scale
+    ):
+        if binary:
+            q = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+            inside = x.abs() <= 2 * scale
+            levels, residual = q, 0.5 * (q - x / scale)
+        else:
+            u = x * (1.0 / scale)
+            unclamped = torch.round(u) + zero_point
+            q = unclamped.clamp(quant_min, quant_max)
+            inside = q == unclamped
+            levels = q - zero_point
+            residual = torch.where(inside, levels - u, levels)
+        ctx.save_for_backward(residual, inside, scale, levels if binary else None)
+        ctx.zero_point_shape = zero_point.shape
+        ctx.options = binary, delta, noise_gradient, gradient_scale
+        return levels * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        residual, inside, scale, binary_levels = ctx.saved_tensors
+        binary, delta, noise_gradient, gradient_scale = ctx.options
+        grad_x = grad_scale = grad_zero = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.where(inside, grad - delta * grad.abs() * residual if delta else grad, 0.0)
+        if ctx.needs_input_grad[1]:
+            step_term = binary_levels if binary else residual
+            if noise_gradient and not binary:
+                sign = torch.randint(0, 2, residual.shape, device=residual.device, dtype=torch.int8)
+                noise = (sign.to(residual.dtype) * 2 - 1) * (12**-0.5)
+                step_term = torch.where(inside, noise, residual)
+            grad_scale = (grad * step_term).sum_to_size(scale.shape) * gradient_scale
+        if ctx.needs_input_grad[2]:
+            grad_zero = torch.where(inside, 0.0, -grad * scale).sum_to_size(ctx.zero_point_shape)
+        return grad_x, grad_scale, grad_zero, None, None, None, None, None, None
+
+
+class _RoundStraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    """``round(x)`` whose gradient is that of ``x``."""
+    return _RoundStraightThrough.apply(x)

@@ -1,0 +1,276 @@
+"""The layers that train: Conv2d and Linear with their own input and weight quantizers, BatchNorm inside.
+
+torch.ao's ``prepare_qat_fx`` swaps them in (see :func:`fxquant.get_backend_config`). A layer owns the quantizer of
+its input because a QConfig has one activation field and torch.ao attaches it to outputs: "low-bit layer inputs,
+8-bit residual sums" cannot be said there.
+
+In training a layer computes ``bn(conv(fq(x), fq(w)))``: the unfolded weight is quantized, as in the papers, and no
+output is ever divided by gamma. A symmetric per-channel grid commutes with folding BatchNorm, so a frozen layer
+keeps the trained codes and only its scales are folded.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ._torch_ao import nni
+from .errors import NotFrozenError, SpecError
+from .estimators import Estimator
+from .integer import IntegerConv2d, IntegerLinear, Quantize, Rescale
+
+# An int32 bias beyond this many steps would push sums out of float32's integers; only channels whose folded
+# scale has all but vanished (gamma near 0) get there, and those are given a coarser scale instead.
+_MAX_BIAS = 2**22
+
+
+class ConvReLU2d(nni.ConvReLU2d):
+    """What a frozen layer with ReLU hands to torch.ao's own convert."""
+
+
+class LinearReLU(nni.LinearReLU):
+    """What a frozen layer with ReLU hands to torch.ao's own convert."""
+
+
+class IntegerForm(NamedTuple):
+    """A frozen layer in the operators of the reference graph, to be applied in this order."""
+
+    quantize: Quantize
+    layer: IntegerConv2d | IntegerLinear
+    rescale: Rescale
+
+
+class QATLayer(nn.Module):
+    """What :class:`QATConv2d` and :class:`QATLinear` share: quantizers, folding, the integer form."""
+
+    input_fake_quant: Estimator | None
+    weight_fake_quant: Estimator
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    bn: nn.BatchNorm2d | None
+    relu: bool
+    _channel_axis: int
+
+    def _adopt(self, source: nn.Module, bn: nn.Module | None, relu: bool, qconfig) -> None:
+        """Take over parameters, BatchNorm and quantizers; the weight's range is set from the weight."""
+        self.weight, self.bias = source.weight, source.bias
+        self.bn, self.relu, self.qconfig = bn, relu, qconfig
+        weight_options = {"factory_kwargs": {"device": self.weight.device}}
+        probe = qconfig.weight()
+        if not isinstance(probe, Estimator):
+            raise SpecError(
+                f"the QConfig's weight is a {type(probe).__name__}; layers of fxquant's backend config need one of "
+                "fxquant's estimators: use fxquant.get_qat_qconfig(...)"
+            )
+        if probe.per_channel:
+            weight_options |= {"channels": self.weight.shape[0], "axis": 0}
+        self.weight_fake_quant = qconfig.weight(**weight_options)
+        edge = qconfig.activation()
+        make_input = getattr(edge, "layer_input", None)
+        self.input_fake_quant = make_input().to(self.weight.device) if make_input is not None else None
+        self.weight_fake_quant.initialize_from(self.weight)
+        self._integer: IntegerForm | None = None
+
+    # ---- training ----------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.frozen:
+            form = self.integer_form()
+            return form.rescale(form.layer(form.quantize(x)))
+        if self.input_fake_quant is not None:
+            x = self.input_fake_quant(x)
+        out = self._compute(x, self.weight_fake_quant(self.weight))
+        if self.bn is not None:
+            out = self.bn(out)
+        return F.relu(out) if self.relu else out
+
+    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def frozen(self) -> bool:
+        """Whether both quantizers are frozen, so that the layer computes on integers."""
+        return (
+            self.input_fake_quant is not None
+            and self.input_fake_quant._frozen
+            and self.weight_fake_quant._frozen
+        )
+
+    def freeze(self) -> None:
+        """Fix widths, scales and zero-points for good; from here on the layer computes on integers."""
+        if self.input_fake_quant is not None:
+            self.input_fake_quant.freeze()
+        self.weight_fake_quant.freeze()
+        self._integer = None
+
+    # ---- integers ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight codes (float carrier), weight scale [O] float32 and real bias [O] float64, BatchNorm folded in.
+
+        Folding multiplies a channel by ``f = gamma / sqrt(var + eps)``: its scale takes |f|, its codes the sign,
+        its bias becomes ``beta + (b - mean)·f``. Where f is 0 the codes are 0.
+        """
+        codes = self.weight_fake_quant.codes(self.weight)
+        scale = self.weight_fake_quant.step().to(torch.float64).expand(self.weight.shape[0])
+        bias = torch.zeros_like(scale) if self.bias is None else self.bias.to(torch.float64)
+        if self.bn is not None:
+            bn = self.bn
+            factor = torch.rsqrt(bn.running_var.to(torch.float64) + bn.eps)
+            if bn.weight is not None:
+                factor = factor * bn.weight.to(torch.float64)
+            shift = 0.0 if bn.bias is None else bn.bias.to(torch.float64)
+            bias = shift + (bias - bn.running_mean.to(torch.float64)) * factor
+            scale = scale * factor.abs()
+            codes = codes * factor.sign().to(codes.dtype).reshape(-1, *[1] * (codes.ndim - 1))
+        return codes, scale, bias
+
+    @torch.no_grad()
+    def integer_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight codes int8, weight scale float32 [O], bias codes int32 [O], scale of the sums float32 [O].
+
+        The bias is ``round(b / (s_x·s_w))``. A channel whose folded scale is so small that its bias would need
+        more than 22 bits gets the coarser scale at which the bias has 22, and its codes are rounded to that.
+        """
+        if not self.frozen:
+            raise NotFrozenError(
+                "the integers of a layer were asked for while its quantizers still train; call fxquant.freeze first"
+            )
+        input_scale = self.input_fake_quant.step().to(torch.float64)
+        codes, scale, bias = self.folded()
+        coarsest = (bias.abs() / (input_scale * _MAX_BIAS)).clamp(min=torch.finfo(torch.float32).tiny * 256)
+        coarse = scale < coarsest
+        view = (-1, *[1] * (codes.ndim - 1))
+        codes = torch.where(
+            coarse.reshape(view), torch.round(codes * (scale / coarsest).reshape(view)), codes
+        )
+        scale = torch.where(coarse, coarsest, scale).to(torch.float32)
+        sum_scale = scale * input_scale.to(torch.float32)
+        bias_codes = torch.round(bias / sum_scale.to(torch.float64))
+        return codes.to(torch.int8), scale, bias_codes.to(torch.int32), sum_scale
+
+    def integer_form(self) -> IntegerForm:
+        """The layer as operators of the reference graph; computed once, shared with :func:`fxquant.convert`."""
+        if self._integer is None:
+            codes, _, bias, sum_scale = self.integer_parameters()
+            entry = self.input_fake_quant
+            scale, zero = entry.calculate_qparams()
+            bounds = entry.quant_min, entry.quant_max
+            self._integer = IntegerForm(
+                Quantize(scale, zero, *bounds),
+                self._integer_layer(codes, bias, zero, bounds),
+                Rescale(sum_scale, self._channel_axis, self.relu),
+            )
+        return self._integer
+
+    def _integer_layer(self, codes, bias, zero_point, bounds) -> nn.Module:
+        raise NotImplementedError
+
+    # ---- what torch.ao's own convert asks for ------------------------------------------------------------
+
+    @torch.no_grad()
+    def to_float(self) -> nn.Module:
+        """The folded float layer whose weights lie on the trained grid, as torch.ao's convert expects it.
+
+        The weight quantizer takes over the folded scale in place, because convert holds on to it.
+        """
+        self.freeze()
+        if self.input_fake_quant is None:
+            codes, scale, bias = self.folded()
+            scale = scale.to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny * 256)
+        else:
+            codes, scale, bias_codes, sum_scale = self.integer_parameters()
+            bias = bias_codes.to(torch.float64) * sum_scale
+        out = self._float_layer()
+        view = (-1, *[1] * (codes.ndim - 1))
+        out.weight = nn.Parameter(codes.to(torch.float32) * scale.reshape(view))
+        out.bias = nn.Parameter(bias.to(torch.float32))
+        out.input_quantize = None if self.input_fake_quant is None else self.integer_form().quantize
+        out.qconfig = self.qconfig
+        self.weight_fake_quant.fold(scale)
+        if not self.relu:
+            return out
+        fused = (ConvReLU2d if isinstance(out, nn.Conv2d) else LinearReLU)(out, nn.ReLU())
+        fused.qconfig = self.qconfig
+        return fused
+
+    def _float_layer(self) -> nn.Module:
+        raise NotImplementedError
+
+    def _apply(self, fn, recurse=True):
+        self._integer = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._integer = None
+
+
+def _parts(module: nn.Module) -> tuple[nn.Module, nn.Module | None, bool]:
+    """A layer, or one of torch.ao's fused pairs and triples, as (layer, BatchNorm or None, has ReLU)."""
+    if not isinstance(module, nni._FusedModule):
+        return module, None, False
+    layer, *rest = module.children()
+    bn = next((m for m in rest if isinstance(m, nn.BatchNorm2d)), None)
+    return layer, bn, any(isinstance(m, nn.ReLU) for m in rest)
+
+
+class QATConv2d(QATLayer, nn.Conv2d):
+    """Conv2d [N, C, H, W] with input and weight quantizers, optional BatchNorm2d and ReLU."""
+
+    _channel_axis = 1
+
+    @classmethod
+    def from_float(cls, module: nn.Module, use_precomputed_fake_quant: bool = False) -> QATConv2d:
+        """From an ``nn.Conv2d``, or torch.ao's ConvBn2d, ConvReLU2d, ConvBnReLU2d, with a ``qconfig``."""
+        conv, bn, relu = _parts(module)
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            raise SpecError(
+                f"Conv2d with padding={conv.padding!r}, padding_mode={conv.padding_mode!r}: integer kernels pad with "
+                "zeros, by a number; keep this layer float with Rule(name, weight_bits=None, activation_bits=None)"
+            )
+        layer = cls(**_conv_arguments(conv), device="meta")
+        layer._adopt(conv, bn, relu, module.qconfig)
+        return layer.train(module.training)
+
+    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv_forward(x, weight, self.bias)
+
+    def _integer_layer(self, *operands) -> IntegerConv2d:
+        geometry = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups")}
+        return IntegerConv2d(*operands, **geometry)
+
+    def _float_layer(self) -> nn.Conv2d:
+        return nn.Conv2d(**{**_conv_arguments(self), "bias": True}, device="meta")
+
+
+class QATLinear(QATLayer, nn.Linear):
+    """Linear [..., C] with input and weight quantizers, optional ReLU."""
+
+    _channel_axis = -1
+
+    @classmethod
+    def from_float(cls, module: nn.Module, use_precomputed_fake_quant: bool = False) -> QATLinear:
+        """From an ``nn.Linear`` or torch.ao's LinearReLU, with a ``qconfig``."""
+        linear, _, relu = _parts(module)
+        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        layer._adopt(linear, None, relu, module.qconfig)
+        return layer.train(module.training)
+
+    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
+    def _integer_layer(self, *operands) -> IntegerLinear:
+        return IntegerLinear(*operands)
+
+    def _float_layer(self) -> nn.Linear:
+        return nn.Linear(self.in_features, self.out_features, bias=True, device="meta")
+
+
+def _conv_arguments(conv: nn.Conv2d) -> dict:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+    return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}

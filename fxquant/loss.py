@@ -1,0 +1,137 @@
+"""QATLoss: task, distillation, budget and the estimators' own terms, as named parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import cost
+from .errors import UnknownNameError
+from .estimators import Estimator
+from .prepare import prepared_info
+from .spec import Budget
+
+
+def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Cross-entropy against the teacher's distribution, mean over the batch [N, classes] (NIPQ's distillation)."""
+    return -(teacher_logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def jeffreys(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Jeffreys divergence ``KL(p|q) + KL(q|p)``, mean over the batch [N, classes] (GDNSQ's task loss).
+
+    Equals ``sum((p - q)·(log p - log q))``.
+    """
+    log_p, log_q = teacher_logits.log_softmax(-1), logits.log_softmax(-1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
+
+
+DISTILLATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "soft_cross_entropy": soft_cross_entropy,
+    "jeffreys": jeffreys,
+}
+
+
+class LossParts(NamedTuple):
+    """The objective and what it is the sum of, each a scalar tensor."""
+
+    task: Tensor
+    distillation: Tensor
+    budget: Tensor
+    estimator: Tensor
+    total: Tensor
+
+
+class QATLoss(nn.Module):
+    """The training objective of a prepared model.
+
+    ``total = task_weight·task + distillation_weight·distillation + budget_weight·budget + estimator``.
+
+    Args:
+        task: loss of (logits, labels), such as ``nn.CrossEntropyLoss()``.
+        budget: what learned widths are pulled towards; ``sum(smooth_l1(cost, target))`` over its bounds, BOPs in
+            units of a hundredth of the target. The bound itself is kept by :func:`fxquant.freeze`.
+        teacher: float model for distillation; put into eval mode, never trained.
+        distillation: ``soft_cross_entropy`` or ``jeffreys``.
+        task_weight, distillation_weight, budget_weight: weights of the parts.
+
+    Raises:
+        UnknownNameError: an unknown distillation.
+    """
+
+    def __init__(
+        self,
+        task: Callable[[Tensor, Tensor], Tensor],
+        budget: Budget | None = None,
+        *,
+        teacher: nn.Module | None = None,
+        distillation: str = "soft_cross_entropy",
+        task_weight: float = 1.0,
+        distillation_weight: float = 1.0,
+        budget_weight: float = 1.0,
+    ):
+        super().__init__()
+        if distillation not in DISTILLATIONS:
+            raise UnknownNameError("distillation", distillation, DISTILLATIONS)
+        self.task, self.budget = task, budget or Budget()
+        self.distillation = DISTILLATIONS[distillation]
+        self.task_weight, self.distillation_weight = task_weight, distillation_weight
+        self.budget_weight = budget_weight
+        # Not a submodule: its weights belong neither to the optimizer nor to the checkpoint.
+        self._teacher = (None if teacher is None else teacher.eval().requires_grad_(False),)
+        self.register_buffer("mean_task_loss", torch.zeros(()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossParts:
+        """Run ``model`` on ``images`` [N, C, H, W] and return the parts of the objective."""
+        logits = model(images)
+        zero = logits.new_zeros(())
+        task = self.task(logits, labels)
+        distillation = zero
+        teacher = self._teacher[0]
+        if teacher is not None and self.distillation_weight:
+            with torch.no_grad():
+                teacher_logits = teacher(images)
+            distillation = self.distillation(logits, teacher_logits)
+        main = self.task_weight * task + self.distillation_weight * distillation
+        self._track(main.detach())
+        inner = getattr(model, "module", model)
+        budget = self.budget_penalty(inner) if self.budget else zero
+        estimator = self.estimator_terms(inner, zero)
+        return LossParts(
+            task, distillation, budget, estimator, main + self.budget_weight * budget + estimator
+        )
+
+    def budget_penalty(self, model: nn.Module) -> Tensor:
+        """``smooth_l1`` distance of the (differentiable) costs from the budget, a scalar."""
+        info, layers = prepared_info(model), cost.qat_layers(model)
+        parts = []
+        for name, measure, unit in (
+            ("mean_weight_bits", cost.mean_weight_bits, 1.0),
+            ("mean_activation_bits", cost.mean_activation_bits, 1.0),
+            ("bops", cost.bops, None),
+        ):
+            target = getattr(self.budget, name)
+            if target is not None:
+                unit = unit or target / 100
+                now = measure(layers, info.costs) / unit
+                parts.append(F.smooth_l1_loss(now, torch.full_like(now, target / unit)))
+        return torch.stack(parts).sum()
+
+    def estimator_terms(self, model: nn.Module, zero: Tensor) -> Tensor:
+        """Sum of the regularizers of all kinds of estimators in the model, a scalar."""
+        kinds: dict[type[Estimator], list[Estimator]] = {}
+        for module in model.modules():
+            if isinstance(module, Estimator) and module._initialized and not module._frozen:
+                kinds.setdefault(type(module), []).append(module)
+        terms = [kind.regularizer(members, self.mean_task_loss) for kind, members in kinds.items()]
+        return sum((term for term in terms if term is not None), zero)
+
+    def _track(self, loss: Tensor) -> None:
+        self.steps += 1
+        momentum = 1 / self.steps.clamp(max=100)
+        self.mean_task_loss.lerp_(loss.to(self.mean_task_loss.dtype), momentum.to(self.mean_task_loss.dtype))

@@ -1,0 +1,290 @@
+"""prepare(): a float model to one that trains on the integers it will ship."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from . import cost
+from ._torch_ao import QConfigMapping, deprecations_silenced, prepare_qat_fx
+from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecError
+from .estimators import Estimator
+from .layers import QATLayer
+from .qconfig import EDGE_OPERATORS, edge_qconfig, get_backend_config, get_qat_qconfig
+from .spec import RESIDUAL_BITS, Rule, get_backend, resolve_rules
+from .trace import trace
+
+# A squeeze needs the penalty of QATLoss, which plain torch.ao use does not have: only prepare() starts one.
+_GRADUAL = {"gdnsq": {"initial_bits": 10.0}}
+
+
+@dataclass
+class PreparedInfo:
+    """What prepare() decided, kept at ``model.meta["fxquant"]`` for freeze, convert, lower and the tables.
+
+    Attributes:
+        backend: name of the backend the graph was built for.
+        rules: the rule each quantizable layer got, by name; ``None`` stays float.
+        costs: sizes of each quantized layer for one image.
+        calibration: the loader given to prepare(), which freeze() re-estimates BatchNorm from.
+    """
+
+    backend: str
+    rules: dict[str, Rule | None]
+    costs: dict[str, cost.LayerCost] = field(default_factory=dict)
+    calibration: Iterable | None = None
+
+
+def prepared_info(model: nn.Module) -> PreparedInfo:
+    """The record that prepare() left on a model.
+
+    Raises:
+        SpecError: for a model that :func:`prepare` did not make.
+    """
+    info = getattr(model, "meta", {}).get("fxquant")
+    if info is None:
+        raise SpecError(
+            f"this {type(model).__name__} was not made by fxquant.prepare; a model prepared with torch.ao's own "
+            "prepare_qat_fx converts with torch.ao's own convert_fx"
+        )
+    return info
+
+
+def prepare(
+    model: nn.Module,
+    rules: Sequence[Rule],
+    *,
+    calibration: Iterable | None = None,
+    example_inputs: tuple[Tensor, ...] | None = None,
+    backend: str = "x86",
+    residual_bits: int = RESIDUAL_BITS,
+) -> fx.GraphModule:
+    """Trace ``model``, give every layer the quantizers its rule asks for, and set their ranges.
+
+    The model itself is not modified. All Parameters exist when this returns. Layers compute on low-bit inputs;
+    residual sums and concatenations are carried at ``residual_bits``.
+
+    Args:
+        model: float model that takes image batches [N, C, H, W] and returns one tensor.
+        rules: which layers get what; the first that matches a layer wins; layers without one stay float.
+        calibration: iterable of batches (a tensor, or a tuple whose first item is one), from which activation
+            ranges are set. ``None`` leaves them to be set by :func:`calibrate`, or by a checkpoint.
+        example_inputs: arguments of one forward; taken from ``calibration`` when not given.
+        backend: integer backend the trained graph is for.
+        residual_bits: width of the tensors between layers.
+
+    Raises:
+        UnknownNameError: unknown backend.
+        RuleError: a rule that matches no layer.
+        TraceError: a model that cannot be captured.
+        EmptyDataError: a calibration iterable without a batch.
+        NonFiniteError, ConstantTensorError: weights or activations that have no range, with the layer.
+    """
+    get_backend(backend)
+    if not rules:
+        raise SpecError(
+            "no rule was given, so no layer would be quantized; Rule('*', 4, 4) quantizes all of them"
+        )
+    if example_inputs is None:
+        if calibration is None:
+            raise SpecError("prepare needs calibration data or example_inputs to trace the model with")
+        example_inputs = (next(_images(calibration)),)
+    example_inputs = tuple(example_inputs)
+    traced = trace(model, example_inputs)
+    layers = _quantizable_layers(traced)
+    if not layers:
+        raise SpecError(f"{type(model).__name__} has no Conv2d or Linear layer to quantize")
+    resolved = resolve_rules(list(rules), list(layers))
+    for name, rule in resolved.items():
+        if rule is not None and not rule.keeps_float:
+            _check_weight(name, layers[name].weight)
+
+    mapping = QConfigMapping().set_global(edge_qconfig(residual_bits))
+    for name, rule in resolved.items():
+        mapping.set_module_name(name, _qconfig_of(rule, residual_bits))
+    with deprecations_silenced():
+        prepared = prepare_qat_fx(
+            traced.train(), mapping, example_inputs, backend_config=get_backend_config(backend)
+        )
+    _place_edges(prepared)
+    for name, module in prepared.named_modules():
+        if isinstance(module, Estimator):
+            module.where = name
+    info = PreparedInfo(backend, resolved, calibration=calibration)
+    prepared.meta["fxquant"] = info
+    if calibration is not None:
+        calibrate(prepared, calibration)
+    # Sizes are read off a float forward: quantizers may not have ranges yet.
+    with _quantizers_bypassed(prepared):
+        info.costs = cost.measure_costs(prepared, example_inputs)
+    return prepared.train(model.training)
+
+
+def calibrate(model: nn.Module, batches: Iterable, max_batches: int = 16) -> None:
+    """Set the ranges of all activation quantizers from up to ``max_batches`` batches, in float.
+
+    Raises:
+        EmptyDataError, NonFiniteError, ConstantTensorError: with the layer's name.
+    """
+    activations, weights = _estimators_by_kind(model)
+    training = model.training
+    model.eval()
+    for estimator in weights:
+        estimator.disable_fake_quant()
+    for estimator in activations:
+        estimator.start_calibration()
+    try:
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            for index, images in enumerate(_images(batches)):
+                if index == max_batches:
+                    break
+                model(images.to(device))
+        for name, layer in cost.qat_layers(model).items():
+            observer = layer.input_fake_quant._observer
+            if observer.empty:
+                raise EmptyDataError(f"layer {name!r} was never reached by the calibration data")
+            observer.require_varying(f"the input of layer {name!r}")
+    finally:
+        for estimator in activations:
+            estimator.finish_calibration()
+        for estimator in weights:
+            estimator.enable_fake_quant()
+        model.train(training)
+
+
+def _estimators_by_kind(model: nn.Module) -> tuple[list[Estimator], list[Estimator]]:
+    """(activation quantizers, weight quantizers)."""
+    weights = [m.weight_fake_quant for m in model.modules() if isinstance(m, QATLayer)]
+    known = {id(w) for w in weights}
+    return [m for m in model.modules() if isinstance(m, Estimator) and id(m) not in known], weights
+
+
+class _quantizers_bypassed:
+    """Context: all fake quantization off, flags restored at the end."""
+
+    def __init__(self, model: nn.Module):
+        self.estimators = [m for m in model.modules() if isinstance(m, Estimator)]
+
+    def __enter__(self):
+        self.before = [(e._fake_quantize, e._observe) for e in self.estimators]
+        for estimator in self.estimators:
+            estimator.disable_fake_quant()
+            estimator.disable_observer()
+
+    def __exit__(self, *exc):
+        for estimator, (fake_quantize, observe) in zip(self.estimators, self.before, strict=True):
+            estimator.enable_fake_quant(fake_quantize)
+            estimator.enable_observer(observe)
+
+
+def _images(batches: Iterable) -> Iterator[Tensor]:
+    """The image tensor of each batch.
+
+    Raises:
+        EmptyDataError: where there is no batch at all.
+    """
+    empty = True
+    for batch in batches:
+        empty = False
+        yield batch[0] if isinstance(batch, (tuple, list)) else batch
+    if empty:
+        raise EmptyDataError(
+            "the calibration data yielded no batch; pass a loader (not an exhausted iterator) with at least one, "
+            "and mind drop_last when the data set is smaller than the batch"
+        )
+
+
+def _quantizable_layers(traced: fx.GraphModule) -> dict[str, nn.Module]:
+    """Conv2d and Linear modules that the graph calls, by name, in graph order."""
+    modules = dict(traced.named_modules())
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    return {name: modules[name] for name in called if type(modules[name]) in (nn.Conv2d, nn.Linear)}
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        raise NonFiniteError(
+            f"the weight of layer {name!r} holds {int((~torch.isfinite(weight)).sum())} NaN or infinite values; "
+            "load a sound checkpoint"
+        )
+    if weight.numel() > 1 and weight.min() == weight.max():
+        raise ConstantTensorError(
+            f"the weight of layer {name!r} is {weight.flatten()[0].item():g} everywhere, so there is no range to "
+            "quantize; load trained weights, or keep the layer float with a rule of weight_bits=None"
+        )
+
+
+def _qconfig_of(rule: Rule | None, residual_bits: int):
+    if rule is None or rule.keeps_float:
+        return None
+    return get_qat_qconfig(
+        rule.estimator,
+        rule.weight_bits,
+        rule.activation_bits,
+        per_channel=rule.per_channel,
+        init=rule.init,
+        residual_bits=residual_bits,
+        options={**_GRADUAL.get(rule.estimator, {}), **rule.options},
+    )
+
+
+def _place_edges(prepared: fx.GraphModule) -> None:
+    """Keep the edge quantizers that integer operators need, drop the rest, and name them after their producer.
+
+    torch.ao observes every output. A layer quantizes its own input, so an edge matters only where it carries the
+    result or an operand of an addition, multiplication or concatenation, directly or through operators that share
+    their quantizer between input and output (poolings, shape operators).
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+
+    def edge_of(node: fx.Node) -> Estimator | None:
+        module = modules.get(node.target) if node.op == "call_module" else None
+        return module if isinstance(module, Estimator) else None
+
+    kept: set[fx.Node] = set()
+    edges = [node for node in prepared.graph.nodes if edge_of(node) is not None]
+    for node in reversed(edges):
+        if _is_sum(node.args[0]) or any(_is_arithmetic(user) for user in node.users):
+            kept.add(node)
+            continue
+        through = (onward for user in node.users for onward in user.users)
+        if any(onward in kept and edge_of(onward) is edge_of(node) for onward in through):
+            kept.add(node)
+
+    names: dict[int, str] = {}
+    for node in edges:
+        if node not in kept:
+            node.replace_all_uses_with(node.args[0])
+            prepared.graph.erase_node(node)
+            continue
+        edge = edge_of(node)
+        if id(edge) not in names:
+            names[id(edge)] = f"{node.args[0].name}_edge"
+            prepared.add_submodule(names[id(edge)], edge)
+        node.target = names[id(edge)]
+    # torch.ao registers a shared quantizer under several names; keep the one that the graph calls.
+    for name in [name for name, m in prepared._modules.items() if isinstance(m, Estimator)]:
+        if name not in names.values():
+            delattr(prepared, name)
+    prepared.graph.lint()
+    prepared.recompile()
+
+
+def _is_arithmetic(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in EDGE_OPERATORS
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """An arithmetic operator, or the ReLU that follows one."""
+    if _is_arithmetic(node):
+        return True
+    owner = node.graph.owning_module
+    is_relu = (node.op == "call_function" and node.target in (F.relu, torch.relu)) or (
+        node.op == "call_module" and isinstance(owner.get_submodule(node.target), nn.ReLU)
+    )
+    return is_relu and isinstance(node.args[0], fx.Node) and _is_arithmetic(node.args[0])

@@ -1,0 +1,292 @@
+"""Recipes: TOML files that say a whole run. ``extends`` merges, ``--set`` overrides, all errors come at once."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .data import DATASETS
+from .errors import FxQuantError, UnknownNameError, did_you_mean
+from .loss import DISTILLATIONS
+from .spec import Budget, Rule, check_options, get_backend
+
+
+class RecipeError(FxQuantError, ValueError):
+    """A recipe that cannot be read or says something that makes no sense; lists all problems at once."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """``[model]``: what timm builds."""
+
+    name: str
+    pretrained: bool = True
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of timm.create_model"
+    )
+
+
+class DataSection(_Section):
+    """``[data]``: what it trains on."""
+
+    name: str
+    image_size: int = Field(gt=0)
+    batch_size: int = Field(64, gt=0)
+    shift: int = Field(0, ge=0, description="pixels by which training images are moved at random")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in DATASETS:
+            raise UnknownNameError("data set", name, DATASETS)
+        return name
+
+
+class FloatSection(_Section):
+    """``[float]``: training in float before quantization; ``epochs = 0`` takes the model as it comes."""
+
+    epochs: int = Field(0, ge=0)
+    optimizer: str = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class TrainSection(_Section):
+    """``[train]``: quantization-aware training."""
+
+    epochs: int = Field(gt=0)
+    optimizer: str = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    quantizer_lr: float | None = Field(None, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which lr rises from 0")
+    finetune: float = Field(0.25, ge=0, lt=1, description="share of the steps at whole widths, without noise")
+    distillation: str = "soft_cross_entropy"
+    task_weight: float = Field(1.0, ge=0)
+    distillation_weight: float = Field(1.0, ge=0)
+    budget_weight: float = Field(1.0, ge=0)
+
+    @field_validator("distillation")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in DISTILLATIONS:
+            raise UnknownNameError("distillation", name, DISTILLATIONS)
+        return name
+
+
+class RuleSection(_Section):
+    """``[[rules]]``: one :class:`fxquant.Rule`; the first that matches a layer wins."""
+
+    pattern: str
+    bits: int | tuple[int, int] | Literal["float"] | None = Field(
+        None, description="weights and activations alike; 'float' leaves the layer as it is"
+    )
+    weight_bits: int | tuple[int, int] | None = None
+    activation_bits: int | tuple[int, int] | None = None
+    estimator: str | None = Field(None, description="that of [quantization] when not given")
+    per_channel: bool = True
+    init: str = "mse"
+    options: dict[str, Any] | None = Field(None, description="those of [quantization] when not given")
+
+
+class QuantizationSection(_Section):
+    """``[quantization]``: what holds for all rules."""
+
+    estimator: str = "lsq"
+    options: dict[str, Any] = Field(default_factory=dict, description="the estimator's own options")
+    backend: str = "x86"
+    residual_bits: int = Field(8, ge=1, le=8)
+    lower: list[str] = Field(default_factory=lambda: ["x86", "onednn"], description="backends to lower to")
+
+    @field_validator("backend")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return get_backend(name).name
+
+    @field_validator("lower")
+    @classmethod
+    def _all_known(cls, names: list[str]) -> list[str]:
+        return [get_backend(name).name for name in names]
+
+    @model_validator(mode="after")
+    def _options_known(self) -> QuantizationSection:
+        check_options(self.estimator, self.options)
+        return self
+
+
+class BudgetSection(_Section):
+    """``[budget]``: bounds on the whole widths (:class:`fxquant.Budget`)."""
+
+    mean_weight_bits: float | None = Field(None, gt=0)
+    mean_activation_bits: float | None = Field(None, gt=0)
+    bops: float | None = Field(None, gt=0)
+
+
+class Recipe(_Section):
+    """A whole run, resolved and checked. See the sections' classes for the keys."""
+
+    name: str
+    seed: int = Field(0, ge=0)
+    model: ModelSection
+    data: DataSection
+    float_training: FloatSection = Field(default_factory=FloatSection, alias="float")
+    quantization: QuantizationSection = Field(default_factory=QuantizationSection)
+    rules: list[RuleSection] = Field(min_length=1)
+    budget: BudgetSection = Field(default_factory=BudgetSection)
+    train: TrainSection
+
+    @model_validator(mode="after")
+    def _rules_hold(self) -> Recipe:
+        self.built_rules()
+        return self
+
+    def built_rules(self) -> list[Rule]:
+        """The rules as :class:`fxquant.Rule` objects."""
+        return [self._build(rule) for rule in self.rules]
+
+    def _build(self, section: RuleSection) -> Rule:
+        if section.bits == "float":
+            return Rule(section.pattern, None, None)
+        estimator = section.estimator or self.quantization.estimator
+        own_options = section.options
+        if own_options is None:
+            own_options = self.quantization.options if estimator == self.quantization.estimator else {}
+        return Rule(
+            section.pattern,
+            section.weight_bits if section.weight_bits is not None else section.bits,
+            section.activation_bits if section.activation_bits is not None else section.bits,
+            estimator,
+            section.per_channel,
+            section.init,
+            own_options,
+        )
+
+    def built_budget(self) -> Budget:
+        """The budget as a :class:`fxquant.Budget`."""
+        return Budget(**self.budget.model_dump())
+
+    def to_json(self) -> str:
+        """The resolved recipe, canonically: equal recipes give equal text."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, indent=2)
+
+    def digest(self) -> str:
+        """A short hash that two recipes share exactly when they say the same."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None, seed: int | None = None) -> Recipe:
+    """Read a recipe, with what it extends, and check it.
+
+    Args:
+        path: TOML file. ``extends = "base/x.toml"`` (or a list) is read first, relative to the file; tables are
+            merged key by key, anything else is replaced.
+        overrides: ``"train.epochs=3"``; values are TOML, or strings where they are not.
+        seed: replaces the recipe's.
+
+    Raises:
+        RecipeError: with every problem found, unknown keys with the nearest known ones.
+    """
+    path = Path(path)
+    values = _read(path, ())
+    values.setdefault("name", path.stem)
+    for override in overrides or []:
+        _override(values, override)
+    if seed is not None:
+        values["seed"] = seed
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
+    """Check the values of a recipe; ``where`` is its name in messages.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        problems = [_problem(e) for e in error.errors()]
+    raise RecipeError(
+        f"{where}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems)
+    ) from None
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    resolved = path.resolve()
+    if resolved in above:
+        raise RecipeError(f"{path}: 'extends' goes round in a circle: {' -> '.join(p.name for p in above)}")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.toml")], 3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}){hint}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid TOML ({error})") from None
+    parents = values.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for parent in [parents] if isinstance(parents, str) else parents:
+        merged = _merge(merged, _read(path.parent / parent, (*above, resolved)))
+    merged.pop("name", None)
+    return _merge(merged, values)
+
+
+def _merge(under: dict, over: dict) -> dict:
+    out = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def _override(values: dict, text: str) -> None:
+    key, equals, raw = text.partition("=")
+    if not equals:
+        raise RecipeError(f"--set {text!r}: give key=value, such as train.epochs=3")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    *tables, last = key.strip().split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"--set {text!r}: {table!r} is not a table of the recipe")
+    values[last] = value
+
+
+def _known_keys(location: tuple) -> list[str]:
+    """The keys of the section in which an unknown one was found."""
+    section: Any = Recipe
+    for step in location[:-1]:
+        if isinstance(step, int):
+            continue
+        fields = {f.alias or name: f for name, f in section.model_fields.items()}
+        annotation = fields[step].annotation if step in fields else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if section is None:
+            return []
+    return sorted(f.alias or name for name, f in section.model_fields.items())
+
+
+def _problem(error: dict) -> str:
+    location = error["loc"]
+    key = ".".join(str(step) for step in location)
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key!r}: {did_you_mean(str(location[-1]), _known_keys(location))}"
+    if error["type"] == "missing":
+        return f"{key!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    seen = error.get("input")
+    shown = f" (found {seen!r})" if isinstance(seen, (int, float, str, bool)) else ""
+    return f"{key or 'recipe'}: {message}{shown}"

@@ -1,0 +1,82 @@
+"""Tables a person reads: who got which bits, from which rule; what each operator was lowered to."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from torch import fx
+
+from . import cost
+from .allocate import layer_widths
+from .lower import LoweredLayer
+from .prepare import prepared_info
+
+
+def layer_rows(model: fx.GraphModule) -> list[dict]:
+    """One row per quantizable layer of a prepared model: name, kind, widths, estimator, sizes, rule."""
+    info, layers = prepared_info(model), cost.qat_layers(model)
+    rows = []
+    for name, rule in info.rules.items():
+        layer = layers.get(name)
+        if layer is None:
+            rows.append({"layer": name, "kind": "float", "rule": rule.pattern if rule else "(none matches)"})
+            continue
+        weight, activation = layer_widths(layer)
+        size = info.costs.get(name)
+        rows.append(
+            {
+                "layer": name,
+                "kind": type(layer).__name__.removeprefix("QAT"),
+                "weight_bits": weight,
+                "activation_bits": activation,
+                "estimator": layer.weight_fake_quant.name,
+                "input_grid": layer.input_fake_quant.grid_scheme,
+                "weights": size.weights if size else None,
+                "macs": size.macs if size else None,
+                "rule": rule.pattern,
+            }
+        )
+    return rows
+
+
+def layer_table(model: fx.GraphModule, title: str = "Layers") -> Table:
+    """:func:`layer_rows` for a terminal."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("layer", "kind", "estimator", "input grid", "rule"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("W bits", "A bits", "weights", "MACs"):
+        table.add_column(heading, justify="right")
+    for row in layer_rows(model):
+        table.add_row(
+            row["layer"],
+            row["kind"],
+            row.get("estimator", "-"),
+            row.get("input_grid", "-"),
+            row["rule"],
+            _bits(row.get("weight_bits")),
+            _bits(row.get("activation_bits")),
+            f"{row['weights']:,}" if row.get("weights") else "-",
+            f"{row['macs']:,}" if row.get("macs") else "-",
+        )
+    return table
+
+
+def lowering_table(layers: list[LoweredLayer], backend: str) -> Table:
+    """What each operator became, and how far its kernel was from the reference on the check batch."""
+    table = Table(title=f"Lowered to {backend}", title_justify="left")
+    for heading in ("operator", "kernel", "why"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("max codes off", "share"):
+        table.add_column(heading, justify="right")
+    for layer in layers:
+        table.add_row(
+            layer.name,
+            layer.kernel,
+            layer.reason,
+            str(layer.max_code_difference),
+            f"{layer.share_different:.4%}" if layer.share_different else "0",
+        )
+    return table
+
+
+def _bits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}" if float(value).is_integer() else f"{value:.2f}"

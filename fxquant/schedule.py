@@ -1,0 +1,57 @@
+"""Schedules: pure functions ``step -> value``, with no state and no torch.
+
+Each factory returns a function of the step that is constant outside of its interval, so that a schedule may be
+read at any step, in any order, after a resume as well as before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from .errors import SpecError
+
+Schedule = Callable[[float], float]
+
+
+def constant(value: float) -> Schedule:
+    """``value`` at every step."""
+    return lambda step: value
+
+
+def linear(start: float, end: float, steps: float, begin: float = 0) -> Schedule:
+    """``start`` until ``begin``, then a straight line to ``end`` over ``steps`` steps.
+
+    >>> [linear(0, 1, 4)(step) for step in range(6)]
+    [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+    return lambda step: start + (end - start) * _fraction(step - begin, steps)
+
+
+def cosine(start: float, end: float, steps: float, begin: float = 0) -> Schedule:
+    """``start`` until ``begin``, then half a cosine to ``end`` over ``steps`` steps.
+
+    >>> [round(cosine(1, 0, 4)(step), 3) for step in range(6)]
+    [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
+    """
+    return lambda step: end + (start - end) * 0.5 * (1 + math.cos(math.pi * _fraction(step - begin, steps)))
+
+
+def logarithmic(kappa: float, steps: float, begin: float = 0) -> Schedule:
+    """PEGE's curriculum ``log(1 + κ·t/T) / log(1 + κ)``: 0 at the start, 1 after ``steps`` steps.
+
+    ``kappa > 0`` sets how fast it starts; as it goes to 0 the curve becomes the straight line.
+
+    >>> [round(logarithmic(9, 4)(step), 3) for step in range(6)]
+    [0.0, 0.512, 0.74, 0.889, 1.0, 1.0]
+    """
+    if not kappa > 0:
+        raise SpecError(f"kappa={kappa!r} was asked for; the logarithmic curriculum needs kappa > 0")
+    return lambda step: math.log1p(kappa * _fraction(step - begin, steps)) / math.log1p(kappa)
+
+
+def _fraction(step: float, steps: float) -> float:
+    """How much of an interval of ``steps`` steps has passed at ``step``, in [0, 1]."""
+    if steps <= 0:
+        return 0.0 if step < 0 else 1.0
+    return min(max(step / steps, 0.0), 1.0)

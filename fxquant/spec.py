@@ -1,0 +1,172 @@
+"""What a user asks for, as frozen dataclasses that validate themselves: rules, budgets, backends."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import RuleError, SpecError, UnknownNameError, did_you_mean
+from .estimators import Bits, check_width, get_estimator
+from .estimators.base import Estimator
+from .ranges import METHODS
+
+RESIDUAL_BITS = 8
+"""Width of what flows between layers (residual sums, concatenations), unless a rule says otherwise."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the layers whose name matches are quantized. Of several rules, the first that matches wins.
+
+    Args:
+        pattern: layer names, as globs separated by ``|`` (``"conv1|layer*.conv2"``), or ``re:`` and a regular
+            expression that must match the whole name. ``first`` and ``last`` as an alternative mean the first
+            and the last quantizable layer of the graph.
+        weight_bits: whole width 1-8, (lowest, highest) for a learned width, or ``None`` to keep the layer float.
+        activation_bits: the same for the tensor that enters the layer; ``None`` exactly when weight_bits is.
+        estimator: name of the gradient estimator.
+        per_channel: one scale per output channel of the weight (default), or one for the whole weight.
+        init: range initialisation: ``mse``, ``minmax`` or ``percentile``.
+        options: the estimator's own options, by name.
+
+    Raises:
+        SpecError, UnknownNameError: at construction, for anything that cannot be honoured.
+    """
+
+    pattern: str
+    weight_bits: Bits | None = 8
+    activation_bits: Bits | None = 8
+    estimator: str = "lsq"
+    per_channel: bool = True
+    init: str = "mse"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if (self.weight_bits is None) != (self.activation_bits is None):
+            raise SpecError(
+                f"rule {self.pattern!r}: weight_bits={self.weight_bits!r} with activation_bits="
+                f"{self.activation_bits!r}; integer kernels need both, a float layer neither (None and None)"
+            )
+        if self.weight_bits is not None:
+            object.__setattr__(self, "weight_bits", check_width(self.weight_bits, "weight_bits"))
+            object.__setattr__(self, "activation_bits", check_width(self.activation_bits, "activation_bits"))
+        if self.init not in METHODS:
+            raise UnknownNameError("range initialisation", self.init, METHODS)
+        check_options(self.estimator, self.options)
+        for bits in (self.weight_bits, self.activation_bits):
+            if bits is not None:
+                get_estimator(self.estimator)(bits, **self.options)
+        if self.pattern.startswith("re:"):
+            try:
+                re.compile(self.pattern[3:])
+            except re.error as error:
+                raise SpecError(f"rule {self.pattern!r}: not a regular expression ({error})") from None
+
+    @property
+    def keeps_float(self) -> bool:
+        return self.weight_bits is None
+
+    def matches(self, layer: str, position: str = "") -> bool:
+        """Whether the rule is for the layer of that name; ``position`` is ``first``, ``last`` or empty."""
+        if self.pattern.startswith("re:"):
+            return re.fullmatch(self.pattern[3:], layer) is not None
+        alternatives = self.pattern.split("|")
+        return (position != "" and position in alternatives) or any(
+            fnmatch.fnmatchcase(layer, glob) for glob in alternatives
+        )
+
+
+def resolve_rules(rules: list[Rule], layers: list[str]) -> dict[str, Rule | None]:
+    """Which rule each layer gets: the first that matches, or ``None`` (float) where none does.
+
+    Raises:
+        RuleError: where a rule matches no layer at all, with the nearest layer names.
+    """
+    positions = {layers[-1]: "last", layers[0]: "first"} if layers else {}
+    resolved = {
+        layer: next((rule for rule in rules if rule.matches(layer, positions.get(layer, ""))), None)
+        for layer in layers
+    }
+    for rule in rules:
+        if not any(rule.matches(layer, positions.get(layer, "")) for layer in layers):
+            raise RuleError(
+                f"rule {rule.pattern!r} matches no quantizable layer (Conv2d or Linear) of this model; "
+                + did_you_mean(rule.pattern, layers)
+            )
+    return resolved
+
+
+def check_options(estimator: str, options: Mapping[str, Any]) -> None:
+    """Raises where ``options`` names one that the estimator does not have."""
+    own = inspect.signature(get_estimator(estimator).__init__).parameters
+    known = [n for n in own if n not in ("self", "bits", "options")]
+    known += [n for n in inspect.signature(Estimator.__init__).parameters if n in ("percentile",)]
+    for name in options:
+        if name not in known:
+            raise UnknownNameError(f"option of the estimator {estimator!r}", name, known)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper bounds that the whole widths must keep to. A field that is ``None`` does not bind.
+
+    Args:
+        mean_weight_bits: mean over all quantized weights, by number of elements.
+        mean_activation_bits: mean over all quantized layer inputs, by number of elements per image.
+        bops: bit operations per image, the sum over layers of MACs x weight bits x activation bits.
+    """
+
+    mean_weight_bits: float | None = None
+    mean_activation_bits: float | None = None
+    bops: float | None = None
+
+    def __post_init__(self):
+        for name in ("mean_weight_bits", "mean_activation_bits", "bops"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SpecError(f"budget {name}={value!r} was asked for; it must be above 0")
+
+    def __bool__(self) -> bool:
+        return any(v is not None for v in (self.mean_weight_bits, self.mean_activation_bits, self.bops))
+
+
+@dataclass(frozen=True)
+class BackendSpec:
+    """An integer backend of torch.
+
+    Args:
+        name: torch's name of the quantized engine.
+        agreement: the least share of images, in per cent, on which the lowered model's argmax must be that of the
+            reference for :func:`fxquant.verify` to accept it.
+    """
+
+    name: str
+    agreement: float
+
+
+BACKENDS: dict[str, BackendSpec] = {
+    spec.name: spec
+    for spec in (
+        BackendSpec("x86", agreement=99.9),
+        BackendSpec("onednn", agreement=99.9),
+        BackendSpec("fbgemm", agreement=99.9),
+        # qnnpack rounds a requantized value up or down by one code in 0.1-0.3 % of outputs even at 8 bits.
+        BackendSpec("qnnpack", agreement=98.0),
+    )
+}
+
+
+def get_backend(name: str) -> BackendSpec:
+    """The backend of that name.
+
+    Raises:
+        UnknownNameError: with the nearest names.
+    """
+    try:
+        return BACKENDS[name]
+    except KeyError:
+        raise UnknownNameError("backend", name, BACKENDS) from None

@@ -1,0 +1,489 @@
+"""What ``fxquant run`` does: float training, quantization-aware training, freeze, convert, lower, verify.
+
+The only module that knows timm's models and optimizers, and accelerate.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from . import checkpoint, cost
+from .controller import Controller, param_groups
+from .convert import convert
+from .data import Batches, ImageData, load_data
+from .errors import CheckpointError, FxQuantError, NonFiniteError, UnknownNameError
+from .estimators import Estimator
+from .freeze import freeze
+from .loss import QATLoss
+from .lower import lower
+from .prepare import prepare
+from .recipe import Recipe
+from .report import layer_rows
+from .schedule import Schedule, cosine, linear
+from .verify import VerifyReport, verify
+
+_EVAL_BATCH = 256
+_BN_BATCHES_SEED = 1
+
+
+class Progress(Protocol):
+    """What a run tells whoever watches it."""
+
+    def start(self, stage: str, steps: int, done: int = 0) -> None:
+        """A stage of that many steps begins, ``done`` of them already taken."""
+
+    def step(self, values: dict[str, float]) -> None:
+        """A step was taken; what to show beside the bar."""
+
+    def prepared(self, model: fx.GraphModule) -> None:
+        """The model is prepared: who got which bits can be shown before training."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def start(self, stage: str, steps: int, done: int = 0) -> None:
+        pass
+
+    def step(self, values: dict[str, float]) -> None:
+        pass
+
+    def prepared(self, model: fx.GraphModule) -> None:
+        pass
+
+
+@dataclass
+class RunOutcome:
+    """What a run leaves in memory beside its files."""
+
+    result: dict[str, Any]
+    report: VerifyReport
+    model: fx.GraphModule
+    reference: fx.GraphModule
+    lowered: dict[str, fx.GraphModule] = field(default_factory=dict)
+
+
+def run(
+    recipe: Recipe, output: Path, *, resume: bool = False, progress: Progress | None = None
+) -> RunOutcome:
+    """Carry out a recipe and leave its files in ``output``; see :func:`fxquant.checkpoint.claim_output`.
+
+    Writes ``recipe.json``, ``checkpoint.pt`` after every epoch, ``integer.safetensors`` and ``result.json``. A run
+    that was cut and is resumed ends with the same integers, bit for bit, on a CPU.
+
+    Raises:
+        FxQuantError: for anything a user can mend. Parity is in the outcome's report, for the caller to judge.
+    """
+    checkpoint.claim_output(output, resume)
+    state = checkpoint.checkpoint_for(output, recipe) if resume else None
+    return _Run(recipe, output, progress or Silent()).execute(state)
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, output: Path, progress: Progress):
+        from accelerate import Accelerator
+
+        self.recipe, self.output, self.progress = recipe, output, progress
+        self.accelerator = Accelerator()
+        self.started = time.perf_counter()
+        _seed_everything(recipe.seed)
+        self.data = load_data(recipe.data.name, recipe.data.image_size)
+        self.float_model = build_model(recipe)
+
+    def execute(self, state: dict | None) -> RunOutcome:
+        recipe = self.recipe
+        checkpoint.write_json(self.output / checkpoint.RECIPE, recipe.model_dump(mode="json", by_alias=True))
+        stage = state["stage"] if state else "float"
+        if stage == "float":
+            self._train_float(state)
+            state = None
+        else:
+            self.float_model.load_state_dict(state["float_model"])
+        self.float_model.eval()
+        float_accuracy = accuracy(self.float_model, self._test())
+
+        # The quantized training starts from its own seed, so that a resumed run and a whole one agree.
+        _seed_everything(recipe.seed)
+        model = prepare(
+            self.float_model,
+            recipe.built_rules(),
+            calibration=self._train_plain(),
+            backend=recipe.quantization.backend,
+            residual_bits=recipe.quantization.residual_bits,
+        )
+        self.progress.prepared(model)
+        history = self._train_quantized(model, state)
+        budget = recipe.built_budget()
+        freeze(model, budget, calibration=self._train_plain())
+        reference = convert(model)
+        lowered = {b: lower(reference, b) for b in recipe.quantization.lower}
+        report = verify(model, reference, self._test(), lowered=lowered)
+        checkpoint.save_integer_model(self.output / checkpoint.INTEGER_MODEL, recipe, reference.state_dict())
+        result = self._result(model, report, float_accuracy, history)
+        checkpoint.write_json(self.output / checkpoint.RESULT, result)
+        return RunOutcome(result, report, model, reference, lowered)
+
+    # ---- stages ------------------------------------------------------------------------------------------
+
+    def _train_float(self, state: dict | None) -> None:
+        section = self.recipe.float_training
+        loader = self._train_loader()
+        groups = param_groups(self.float_model, section.lr, weight_decay=section.weight_decay)
+        criterion = nn.CrossEntropyLoss(label_smoothing=0.0)
+
+        def loss_of(model, images, labels):
+            loss = criterion(model(images), labels)
+            return loss, {"loss": loss}
+
+        self._loop(
+            "float",
+            self.float_model,
+            groups,
+            section.optimizer,
+            section.epochs,
+            _warmup_cosine(section.epochs * len(loader), 0.05),
+            loader,
+            loss_of,
+            state,
+            dict,
+            lambda: None,
+        )
+
+    def _train_quantized(self, model: fx.GraphModule, state: dict | None) -> list[dict]:
+        recipe, section = self.recipe, self.recipe.train
+        loader = self._train_loader()
+        total = section.epochs * len(loader)
+        budget = recipe.built_budget()
+        criterion = QATLoss(
+            nn.CrossEntropyLoss(),
+            budget,
+            teacher=copy.deepcopy(self.float_model),
+            distillation=section.distillation,
+            task_weight=section.task_weight,
+            distillation_weight=section.distillation_weight,
+            budget_weight=section.budget_weight,
+        ).to(self.accelerator.device)
+        groups = param_groups(
+            model, section.lr, quantizer_lr=section.quantizer_lr, weight_decay=section.weight_decay
+        )
+        if state:
+            model.load_state_dict(state["model"])
+        controller = Controller(model, total, budget=budget, finetune=section.finetune)
+        layers, costs = cost.qat_layers(model), model.meta["fxquant"].costs
+        history: list[dict] = list(state["history"]) if state else []
+
+        def loss_of(model, images, labels):
+            parts = criterion(model, images, labels)
+            shown = {k: v for k, v in parts._asdict().items() if k == "total" or bool(v != 0)}
+            with torch.no_grad():
+                shown["W bits"] = cost.mean_weight_bits(layers, costs)
+                shown["A bits"] = cost.mean_activation_bits(layers, costs)
+            return parts.total, shown
+
+        def extra_state():
+            return {
+                "float_model": self.float_model.state_dict(),
+                "controller": controller.state_dict(),
+                "criterion": criterion.state_dict(),
+                "history": history,
+            }
+
+        if state:
+            criterion.load_state_dict(state["criterion"])
+            controller.load_state_dict(state["controller"])
+        self._loop(
+            "quantized",
+            model,
+            groups,
+            section.optimizer,
+            section.epochs,
+            _warmup_cosine(total, section.warmup),
+            loader,
+            loss_of,
+            state,
+            extra_state,
+            controller.step,
+            history,
+        )
+        return history
+
+    def _loop(
+        self,
+        stage: str,
+        model: nn.Module,
+        groups: list[dict],
+        optimizer_name: str,
+        epochs: int,
+        schedule: Schedule,
+        loader: Batches,
+        loss_of: Callable,
+        state: dict | None,
+        extra_state: Callable[[], dict],
+        after_step: Callable[[], None],
+        history: list[dict] | None = None,
+    ) -> None:
+        """Epochs of one stage, a checkpoint after each."""
+        optimizer = make_optimizer(groups, optimizer_name)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        first = 0
+        if state:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            scheduler.load_state_dict(state["scheduler"])
+            _restore_random(state["random"])
+            first = state["epochs_done"]
+        wrapped, optimizer = self.accelerator.prepare(model, optimizer)
+        device = self.accelerator.device
+        self.progress.start(stage, epochs * len(loader), first * len(loader))
+        for epoch in range(first, epochs):
+            loader.epoch = epoch
+            wrapped.train()
+            for images, labels in loader:
+                loss, shown = loss_of(wrapped, images.to(device), labels.to(device))
+                if not torch.isfinite(loss):
+                    raise NonFiniteError(_diverged(model, stage, epoch, images.to(device)))
+                optimizer.zero_grad()
+                self.accelerator.backward(loss)
+                optimizer.step()
+                scheduler.step()
+                after_step()
+                shown = {name: float(value.detach()) for name, value in shown.items()}
+                self.progress.step(shown)
+            if history is not None:
+                history.append({"epoch": epoch + 1, **shown})
+            checkpoint.save_checkpoint(
+                self.output,
+                self.recipe,
+                {
+                    "stage": stage,
+                    "epochs_done": epoch + 1,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scheduler": scheduler.state_dict(),
+                    "random": _random_state(),
+                    **extra_state(),
+                },
+            )
+
+    # ---- data --------------------------------------------------------------------------------------------
+
+    def _train_loader(self) -> Batches:
+        section = self.recipe.data
+        return Batches(
+            self.data.train_images,
+            self.data.train_labels,
+            section.batch_size,
+            seed=self.recipe.seed,
+            shift=section.shift,
+        )
+
+    def _train_plain(self) -> Batches:
+        """Training images in a fixed random order, as they are: for calibration and BatchNorm."""
+        order = torch.randperm(
+            len(self.data.train_images), generator=torch.Generator().manual_seed(_BN_BATCHES_SEED)
+        )
+        return Batches(
+            self.data.train_images[order], self.data.train_labels[order], self.recipe.data.batch_size
+        )
+
+    def _test(self) -> Batches:
+        return Batches(self.data.test_images, self.data.test_labels, _EVAL_BATCH)
+
+    # ---- result ------------------------------------------------------------------------------------------
+
+    def _result(
+        self, model: fx.GraphModule, report: VerifyReport, float_accuracy: float, history: list[dict]
+    ) -> dict[str, Any]:
+        layers, costs = cost.qat_layers(model), model.meta["fxquant"].costs
+        recipe = self.recipe
+        return {
+            "recipe": recipe.name,
+            "recipe_digest": recipe.digest(),
+            "model": recipe.model.name,
+            "estimator": recipe.quantization.estimator,
+            "seed": recipe.seed,
+            "images": report.images,
+            "float_accuracy": float_accuracy,
+            "fake_quant_accuracy": report.fake_quant_accuracy,
+            "reference_accuracy": report.reference_accuracy,
+            "lowered": {
+                backend: {
+                    "accuracy": parity.accuracy,
+                    "argmax_agreement": parity.argmax_agreement,
+                    "max_code_difference": parity.max_code_difference,
+                    "worst_layer": parity.worst_layer,
+                }
+                for backend, parity in report.lowered.items()
+            },
+            "mean_weight_bits": float(cost.mean_weight_bits(layers, costs)),
+            "mean_activation_bits": float(cost.mean_activation_bits(layers, costs)),
+            "bops": float(cost.bops(layers, costs)),
+            "weights_bytes": {
+                "float": cost.float_bytes(self.float_model),
+                "ideal": cost.ideal_weight_bytes(model),
+            },
+            "parity": {"reference_equals_fake_quant": report.reference_equals_fake_quant},
+            "layers": layer_rows(model),
+            "history": history,
+            "seconds": time.perf_counter() - self.started,
+            "torch": torch.__version__,
+        }
+
+
+def build_model(recipe: Recipe) -> nn.Module:
+    """The float timm model of a recipe.
+
+    Raises:
+        UnknownNameError: for a name that timm does not have, with the nearest.
+    """
+    from . import timm
+
+    names = timm.list_models()
+    if recipe.model.name.split(".")[0] not in names:
+        raise UnknownNameError("timm model", recipe.model.name, names)
+    return timm.create_model(recipe.model.name, pretrained=recipe.model.pretrained, **recipe.model.options)
+
+
+def make_optimizer(groups: list[dict], name: str) -> torch.optim.Optimizer:
+    """timm's optimizer of that name over parameter groups that carry their own lr and weight_decay."""
+    from . import timm
+
+    try:
+        return timm.create_optimizer_v2(groups, opt=name, lr=groups[0]["lr"], weight_decay=0.0)
+    except (ValueError, AssertionError) as error:
+        raise FxQuantError(f"optimizer {name!r} was asked for, which timm does not make: {error}") from None
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Batches) -> float:
+    """Per cent of images whose argmax is their label."""
+    device = next(model.parameters()).device
+    right = total = 0
+    for images, labels in batches:
+        right += int((model(images.to(device)).argmax(-1) == labels.to(device)).sum())
+        total += len(labels)
+    return 100.0 * right / total
+
+
+@dataclass
+class LoadedRun:
+    """An integer model read back from disk, with the data it is checked on."""
+
+    recipe: Recipe
+    reference: fx.GraphModule
+    data: ImageData
+
+    def test_batches(self) -> Batches:
+        return Batches(self.data.test_images, self.data.test_labels, _EVAL_BATCH)
+
+
+def load_run(path: Path) -> LoadedRun:
+    """The reference graph of a finished run, from its folder or its ``integer.safetensors``.
+
+    Raises:
+        CheckpointError: where the file is missing, damaged, foreign, or does not fit its own recipe.
+    """
+    path = path / checkpoint.INTEGER_MODEL if path.is_dir() else path
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist; give the folder of a finished run, or its integer model"
+        )
+    recipe, tensors = checkpoint.load_integer_model(path)
+    data = load_data(recipe.data.name, recipe.data.image_size)
+    reference = empty_reference(recipe, data.train_images[:1])
+    expected = reference.state_dict()
+    wrong = [n for n in {*expected, *tensors} if n not in expected or n not in tensors]
+    wrong += [n for n in expected if n in tensors and expected[n].shape != tensors[n].shape]
+    if wrong:
+        raise CheckpointError(
+            f"{path} does not fit the model of its own recipe ({recipe.model.name}): {len(wrong)} tensors are "
+            f"missing, unexpected or of another shape, {sorted(wrong)[0]!r} among them"
+        )
+    reference.load_state_dict(tensors)
+    calibration = Batches(data.train_images, data.train_labels, recipe.data.batch_size)
+    reference.meta["fxquant"].calibration = calibration
+    return LoadedRun(recipe, reference, data)
+
+
+def empty_reference(recipe: Recipe, image: Tensor) -> fx.GraphModule:
+    """The reference graph of a recipe with the right shapes and arbitrary integers, to load a file into."""
+    offline = recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": False})})
+    model = prepare(
+        build_model(offline).eval(),
+        recipe.built_rules(),
+        example_inputs=(image,),
+        backend=recipe.quantization.backend,
+        residual_bits=recipe.quantization.residual_bits,
+    )
+    for module in model.modules():
+        if isinstance(module, Estimator):
+            module.initialized.fill_(1)
+            module._read_flags()
+    freeze(model)
+    return convert(model)
+
+
+def _warmup_cosine(steps: int, warmup: float) -> Schedule:
+    rise = max(round(warmup * steps), 1)
+    up, down = linear(1 / rise, 1.0, rise), cosine(1.0, 0.0, max(steps - rise, 1), rise)
+    return lambda step: up(step) if step < rise else down(step)
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _random_state() -> dict[str, Any]:
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def _restore_random(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@torch.no_grad()
+def _diverged(model: nn.Module, stage: str, epoch: int, images: Tensor) -> str:
+    """The message for a loss that is no number: the first module whose output is not finite."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            where = f"{name!r} holds NaN or infinity"
+            break
+    else:
+        where = f"activations overflow, first in {_first_overflow(model, images)!r}"
+    return (
+        f"the loss is NaN or infinite in epoch {epoch + 1} of {stage} training: {where}. Lower train.lr or "
+        "train.quantizer_lr; the last checkpoint is of the epoch before"
+    )
+
+
+def _first_overflow(model: nn.Module, images: Tensor) -> str:
+    found: list[str] = []
+
+    def watch(name: str) -> Iterator:
+        def hook(module, args, out):
+            if isinstance(out, Tensor) and not found and not torch.isfinite(out).all():
+                found.append(name)
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if not list(m.children())]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the loss itself"
