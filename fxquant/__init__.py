@@ -1,0 +1,44 @@
+"""fxquant: quantization-aware training at 1 to 8 bits, shipped as the same integers it trained.
+
+The way through, in order:
+
+* ``Rule``, ``Budget`` - which layers get which widths and estimator; what the whole must keep to.
+* ``prepare`` - a float model to one that trains quantized.
+* ``param_groups``, ``QATLoss``, ``Controller`` - what your own training loop needs.
+* ``freeze`` - whole widths inside the budget, BatchNorm re-estimated, scales fixed.
+* ``convert`` - the reference integer graph, equal to the frozen model bit for bit.
+* ``lower`` - torch's integer kernels, each checked against the reference.
+* ``verify`` - all of these compared on held-out images.
+* ``get_qat_qconfig``, ``get_qat_qconfig_mapping``, ``get_backend_config`` - for torch.ao's own ``prepare_qat_fx``.
+* ``FxQuantError`` - base of every error that fxquant raises on purpose.
+"""
+
+from .controller import Controller, param_groups
+from .convert import convert
+from .errors import FxQuantError
+from .freeze import freeze
+from .loss import QATLoss
+from .lower import lower
+from .prepare import prepare
+from .qconfig import get_backend_config, get_qat_qconfig, get_qat_qconfig_mapping
+from .spec import Budget, Rule
+from .verify import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "Controller",
+    "FxQuantError",
+    "QATLoss",
+    "Rule",
+    "convert",
+    "freeze",
+    "get_backend_config",
+    "get_qat_qconfig",
+    "get_qat_qconfig_mapping",
+    "lower",
+    "param_groups",
+    "prepare",
+    "verify",
+]

@@ -75,9 +75,7 @@ def _limits(budget: Budget, costs: dict[str, cost.LayerCost], choices: dict[tupl
         total = sum(elements(costs[name]) for name, k in choices if k == kind)
 
         def spent():
-            return (
-                sum(c.bits * elements(costs[name]) for (name, k), c in choices.items() if k == kind) / total
-            )
+            return sum(c.bits * elements(costs[name]) for (name, k), c in choices.items() if k == kind) / total
 
         def saved(key):
             return elements(costs[key[0]]) / total if key[1] == kind else 0.0

@@ -28,15 +28,11 @@ class Controller:
         SpecError: for steps or a share that make no sense.
     """
 
-    def __init__(
-        self, model: nn.Module, total_steps: int, *, budget: Budget | None = None, finetune: float = 0.25
-    ):
+    def __init__(self, model: nn.Module, total_steps: int, *, budget: Budget | None = None, finetune: float = 0.25):
         if total_steps < 1:
             raise SpecError(f"total_steps={total_steps!r} was asked for; training takes at least one step")
         if not 0 <= finetune < 1:
-            raise SpecError(
-                f"finetune={finetune!r} was asked for; it is a share of the steps, from 0 to below 1"
-            )
+            raise SpecError(f"finetune={finetune!r} was asked for; it is a share of the steps, from 0 to below 1")
         self.model, self.total_steps, self.budget = model, total_steps, budget
         self.finetune_begins = round((1 - finetune) * total_steps)
         self.steps_done = 0

@@ -109,9 +109,7 @@ def ideal_weight_bytes(model: nn.Module) -> int:
         if isinstance(layer, QATConv2d) and layer.bn is not None:
             counted.update(id(p) for p in layer.bn.parameters())
     estimators = {id(p) for p in quantizer_parameters(model)}
-    return total + sum(
-        4 * p.numel() for p in model.parameters() if id(p) not in counted and id(p) not in estimators
-    )
+    return total + sum(4 * p.numel() for p in model.parameters() if id(p) not in counted and id(p) not in estimators)
 
 
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:

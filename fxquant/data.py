@@ -37,9 +37,7 @@ class Batches:
         seed: ``None`` for evaluation.
     """
 
-    def __init__(
-        self, images: Tensor, labels: Tensor, batch_size: int, *, seed: int | None = None, shift: int = 0
-    ):
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, *, seed: int | None = None, shift: int = 0):
         if not len(images):
             raise EmptyDataError("a loader was asked for over no images")
         if batch_size < 1:
@@ -53,9 +51,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.seed is None:
-            yield from zip(
-                self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True
-            )
+            yield from zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
             return
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         order = torch.randperm(len(self.images), generator=generator)
@@ -70,9 +66,7 @@ class Batches:
         dy, dx = torch.randint(0, 2 * self.shift + 1, (2, n), generator=generator)
         rows = (dy[:, None] + torch.arange(h))[:, None, :, None]
         columns = (dx[:, None] + torch.arange(w))[:, None, None, :]
-        return padded[
-            torch.arange(n)[:, None, None, None], torch.arange(c)[None, :, None, None], rows, columns
-        ]
+        return padded[torch.arange(n)[:, None, None, None], torch.arange(c)[None, :, None, None], rows, columns]
 
 
 def digits(image_size: int) -> ImageData:
@@ -91,9 +85,7 @@ def digits(image_size: int) -> ImageData:
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
     images = F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False)
     labels = torch.tensor(data.target, dtype=torch.int64)
-    train, test = train_test_split(
-        range(len(labels)), test_size=1 / 3, random_state=_SPLIT_SEED, stratify=data.target
-    )
+    train, test = train_test_split(range(len(labels)), test_size=1 / 3, random_state=_SPLIT_SEED, stratify=data.target)
     mean, std = images[train].mean(), images[train].std()
     images = (images - mean) / std
     return ImageData(images[train], labels[train], images[test], labels[test])

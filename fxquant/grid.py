@@ -107,9 +107,7 @@ class FakeQuantizeFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, x, scale, zero_point, quant_min, quant_max, binary, delta, noise_gradient, gradient_scale
-    ):
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, binary, delta, noise_gradient, gradient_scale):
         if binary:
             q = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
             inside = x.abs() <= 2 * scale

@@ -79,9 +79,7 @@ class _IntegerLayer(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight.to(torch.int8))
         self.register_buffer("bias", bias.to(torch.int32))
-        self.register_buffer(
-            "input_zero_point", input_zero_point.detach().to(torch.int32).reshape(()).clone()
-        )
+        self.register_buffer("input_zero_point", input_zero_point.detach().to(torch.int32).reshape(()).clone())
         self.register_buffer("input_bounds", torch.tensor(input_bounds, dtype=torch.int32))
         self._sum_dtype: torch.dtype | None = None
 

@@ -93,11 +93,7 @@ class QATLayer(nn.Module):
     @property
     def frozen(self) -> bool:
         """Whether both quantizers are frozen, so that the layer computes on integers."""
-        return (
-            self.input_fake_quant is not None
-            and self.input_fake_quant._frozen
-            and self.weight_fake_quant._frozen
-        )
+        return self.input_fake_quant is not None and self.input_fake_quant._frozen and self.weight_fake_quant._frozen
 
     def freeze(self) -> None:
         """Fix widths, scales and zero-points for good; from here on the layer computes on integers."""
@@ -145,9 +141,7 @@ class QATLayer(nn.Module):
         coarsest = (bias.abs() / (input_scale * _MAX_BIAS)).clamp(min=torch.finfo(torch.float32).tiny * 256)
         coarse = scale < coarsest
         view = (-1, *[1] * (codes.ndim - 1))
-        codes = torch.where(
-            coarse.reshape(view), torch.round(codes * (scale / coarsest).reshape(view)), codes
-        )
+        codes = torch.where(coarse.reshape(view), torch.round(codes * (scale / coarsest).reshape(view)), codes)
         scale = torch.where(coarse, coarsest, scale).to(torch.float32)
         sum_scale = scale * input_scale.to(torch.float32)
         bias_codes = torch.round(bias / sum_scale.to(torch.float64))

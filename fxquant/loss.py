@@ -102,9 +102,7 @@ class QATLoss(nn.Module):
         inner = getattr(model, "module", model)
         budget = self.budget_penalty(inner) if self.budget else zero
         estimator = self.estimator_terms(inner, zero)
-        return LossParts(
-            task, distillation, budget, estimator, main + self.budget_weight * budget + estimator
-        )
+        return LossParts(task, distillation, budget, estimator, main + self.budget_weight * budget + estimator)
 
     def budget_penalty(self, model: nn.Module) -> Tensor:
         """``smooth_l1`` distance of the (differentiable) costs from the budget, a scalar."""

@@ -86,9 +86,7 @@ def prepare(
     """
     get_backend(backend)
     if not rules:
-        raise SpecError(
-            "no rule was given, so no layer would be quantized; Rule('*', 4, 4) quantizes all of them"
-        )
+        raise SpecError("no rule was given, so no layer would be quantized; Rule('*', 4, 4) quantizes all of them")
     if example_inputs is None:
         if calibration is None:
             raise SpecError("prepare needs calibration data or example_inputs to trace the model with")
@@ -107,9 +105,7 @@ def prepare(
     for name, rule in resolved.items():
         mapping.set_module_name(name, _qconfig_of(rule, residual_bits))
     with deprecations_silenced():
-        prepared = prepare_qat_fx(
-            traced.train(), mapping, example_inputs, backend_config=get_backend_config(backend)
-        )
+        prepared = prepare_qat_fx(traced.train(), mapping, example_inputs, backend_config=get_backend_config(backend))
     _place_edges(prepared)
     for name, module in prepared.named_modules():
         if isinstance(module, Estimator):

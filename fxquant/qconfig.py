@@ -68,9 +68,7 @@ def get_qat_qconfig(
     Rule("*", weight_bits, activation_bits, estimator, per_channel, init, options)  # validates them all
     make = get_estimator(estimator)
     layer_input = make.with_args(bits=activation_bits, scheme="auto", init=init, **options)
-    weight = make.with_args(
-        bits=weight_bits, scheme="symmetric", init=init, per_channel=per_channel, **options
-    )
+    weight = make.with_args(bits=weight_bits, scheme="symmetric", init=init, per_channel=per_channel, **options)
     return QConfig(activation=_edge(residual_bits, init, layer_input), weight=weight)
 
 
@@ -125,25 +123,17 @@ def get_backend_config(backend: str = "x86") -> BackendConfig:
     )
     for layer, reference, qat, own_fused, fused in families:
         config.set_backend_pattern_config(
-            _pattern(layer)
-            .set_root_module(layer)
-            .set_reference_quantized_module(reference)
-            .set_qat_module(qat)
+            _pattern(layer).set_root_module(layer).set_reference_quantized_module(reference).set_qat_module(qat)
         )
         config.set_backend_pattern_config(_pattern(qat).set_root_module(layer))
         config.set_backend_pattern_config(_pattern(own_fused).set_root_module(layer))
         config.set_backend_pattern_config(
-            _pattern(fused)
-            .set_root_module(layer)
-            .set_reference_quantized_module(reference)
-            .set_qat_module(qat)
+            _pattern(fused).set_root_module(layer).set_reference_quantized_module(reference).set_qat_module(qat)
         )
         for relu in _RELU:
             config.set_backend_pattern_config(native[(relu, layer)])
     for fused in (nni.ConvBn2d, nni.ConvBnReLU2d):
-        config.set_backend_pattern_config(
-            _pattern(fused).set_root_module(nn.Conv2d).set_qat_module(QATConv2d)
-        )
+        config.set_backend_pattern_config(_pattern(fused).set_root_module(nn.Conv2d).set_qat_module(QATConv2d))
     for pattern in ((nn.BatchNorm2d, nn.Conv2d), *((relu, (nn.BatchNorm2d, nn.Conv2d)) for relu in _RELU)):
         config.set_backend_pattern_config(native[pattern])
     return config

@@ -104,9 +104,7 @@ def step_and_zero(low: Tensor, high: Tensor, bits: int, scheme: str) -> tuple[Te
     quant_min, quant_max = grid.bounds(bits, scheme)
     width = high / quant_max if scheme == "symmetric" else (high - low) / (quant_max - quant_min)
     step = width.clamp(min=torch.finfo(torch.float32).tiny)
-    zero = (
-        torch.round(-low / step).clamp(quant_min, quant_max) if scheme == "affine" else torch.zeros_like(step)
-    )
+    zero = torch.round(-low / step).clamp(quant_min, quant_max) if scheme == "affine" else torch.zeros_like(step)
     return step, zero
 
 

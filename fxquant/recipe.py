@@ -30,9 +30,7 @@ class ModelSection(_Section):
 
     name: str
     pretrained: bool = True
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="keyword arguments of timm.create_model"
-    )
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
 
 
 class DataSection(_Section):
@@ -215,9 +213,7 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
         return Recipe(**values)
     except ValidationError as error:
         problems = [_problem(e) for e in error.errors()]
-    raise RecipeError(
-        f"{where}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems)
-    ) from None
+    raise RecipeError(f"{where}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems)) from None
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:

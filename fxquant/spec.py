@@ -88,8 +88,7 @@ def resolve_rules(rules: list[Rule], layers: list[str]) -> dict[str, Rule | None
     """
     positions = {layers[-1]: "last", layers[0]: "first"} if layers else {}
     resolved = {
-        layer: next((rule for rule in rules if rule.matches(layer, positions.get(layer, ""))), None)
-        for layer in layers
+        layer: next((rule for rule in rules if rule.matches(layer, positions.get(layer, ""))), None) for layer in layers
     }
     for rule in rules:
         if not any(rule.matches(layer, positions.get(layer, "")) for layer in layers):

@@ -73,9 +73,7 @@ class RunOutcome:
     lowered: dict[str, fx.GraphModule] = field(default_factory=dict)
 
 
-def run(
-    recipe: Recipe, output: Path, *, resume: bool = False, progress: Progress | None = None
-) -> RunOutcome:
+def run(recipe: Recipe, output: Path, *, resume: bool = False, progress: Progress | None = None) -> RunOutcome:
     """Carry out a recipe and leave its files in ``output``; see :func:`fxquant.checkpoint.claim_output`.
 
     Writes ``recipe.json``, ``checkpoint.pt`` after every epoch, ``integer.safetensors`` and ``result.json``. A run
@@ -173,9 +171,7 @@ class _Run:
             distillation_weight=section.distillation_weight,
             budget_weight=section.budget_weight,
         ).to(self.accelerator.device)
-        groups = param_groups(
-            model, section.lr, quantizer_lr=section.quantizer_lr, weight_decay=section.weight_decay
-        )
+        groups = param_groups(model, section.lr, quantizer_lr=section.quantizer_lr, weight_decay=section.weight_decay)
         if state:
             model.load_state_dict(state["model"])
         controller = Controller(model, total, budget=budget, finetune=section.finetune)
@@ -289,12 +285,8 @@ class _Run:
 
     def _train_plain(self) -> Batches:
         """Training images in a fixed random order, as they are: for calibration and BatchNorm."""
-        order = torch.randperm(
-            len(self.data.train_images), generator=torch.Generator().manual_seed(_BN_BATCHES_SEED)
-        )
-        return Batches(
-            self.data.train_images[order], self.data.train_labels[order], self.recipe.data.batch_size
-        )
+        order = torch.randperm(len(self.data.train_images), generator=torch.Generator().manual_seed(_BN_BATCHES_SEED))
+        return Batches(self.data.train_images[order], self.data.train_labels[order], self.recipe.data.batch_size)
 
     def _test(self) -> Batches:
         return Batches(self.data.test_images, self.data.test_labels, _EVAL_BATCH)
@@ -395,9 +387,7 @@ def load_run(path: Path) -> LoadedRun:
     """
     path = path / checkpoint.INTEGER_MODEL if path.is_dir() else path
     if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist; give the folder of a finished run, or its integer model"
-        )
+        raise CheckpointError(f"{path} does not exist; give the folder of a finished run, or its integer model")
     recipe, tensors = checkpoint.load_integer_model(path)
     data = load_data(recipe.data.name, recipe.data.image_size)
     reference = empty_reference(recipe, data.train_images[:1])

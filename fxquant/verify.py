@@ -127,9 +127,7 @@ def verify(
     report.fake_quant_accuracy = tally["frozen"].accuracy
     report.reference_accuracy = tally["reference"].accuracy
     for backend in lowered:
-        report.lowered[backend] = LoweredParity(
-            tally[backend].agreement, *worst[backend], tally[backend].accuracy
-        )
+        report.lowered[backend] = LoweredParity(tally[backend].agreement, *worst[backend], tally[backend].accuracy)
     return report
 
 

@@ -131,20 +131,14 @@ class GDNSQ(LearnedStep):
             extent = self._extent()
             if self.scheme == "symmetric":
                 return -extent, extent
-            share = (
-                self.zero_fraction.clamp(0, 1) if self.grid_scheme == "affine" else torch.zeros_like(extent)
-            )
+            share = self.zero_fraction.clamp(0, 1) if self.grid_scheme == "affine" else torch.zeros_like(extent)
             return -share * extent, (1 - share) * extent
         return super().range()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.learns_width and self.scheme == "symmetric":
             with torch.no_grad():
-                kept = (
-                    x.abs().amax()
-                    if self.axis is None
-                    else x.abs().transpose(0, self.axis).flatten(1).amax(1)
-                )
+                kept = x.abs().amax() if self.axis is None else x.abs().transpose(0, self.axis).flatten(1).amax(1)
                 self.weight_range.copy_(torch.where(kept > 0, kept, self.weight_range))
         return super().forward(x)
 

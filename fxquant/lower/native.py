@@ -123,9 +123,7 @@ class _Lowering:
         elif isinstance(layer, IntegerLinear):
             self._try(rescale_node, (entry_node,), lambda: _NativeLinearToFloat(layer, rescale))
         else:
-            self.report.append(
-                LoweredLayer(rescale_node.name, "reference", reason="its result is used as float")
-            )
+            self.report.append(LoweredLayer(rescale_node.name, "reference", reason="its result is used as float"))
 
     def _lower_operator(self, exit_node: fx.Node, exit_: Quantize) -> None:
         """Dequantize -> addition (-> ReLU) or max pooling -> Quantize, on one kernel from codes to codes."""
@@ -283,9 +281,7 @@ class _NativeLinearToFloat(_Kernel):
         weight = layer.weight.to(torch.int32)
         # _int_mm multiplies int8 by int8: uint8 codes are shifted by 128, and the shift is taken out of the bias.
         self.register_buffer("weight", layer.weight.t().contiguous())
-        self.register_buffer(
-            "bias", layer.bias + (128 - layer.input_zero_point) * weight.sum(1, dtype=torch.int32)
-        )
+        self.register_buffer("bias", layer.bias + (128 - layer.input_zero_point) * weight.sum(1, dtype=torch.int32))
         self.rescale = rescale
 
     @property

@@ -1,0 +1,206 @@
+"""The command line: fxquant ls | show | validate | run | lower."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import fx
+
+from . import checkpoint, report
+from .errors import FxQuantError, ParityError
+from .recipe import Recipe, RecipeError, load_recipe
+from .spec import get_backend
+from .verify import VerifyReport
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train a vision model at 1 to 8 bits and ship the same integers.",
+)
+out = Console(soft_wrap=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+RecipePath = Annotated[Path, typer.Argument(help="recipe file (TOML)", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, such as train.epochs=3; repeatable")]
+Seed = Annotated[int | None, typer.Option(help="replaces the recipe's seed")]
+
+
+def main() -> None:
+    """Entry point: the errors users can mend become one message and exit status 2, failed parity status 3."""
+    # torch.ao's notices of its own removal are for fxquant, not for its users.
+    warnings.filterwarnings("ignore", message=r".*deprecated", module=r"torch\..*")
+    try:
+        app()
+    except ParityError as error:
+        err.print(f"[bold red]parity failed:[/] {error}", markup=True)
+        sys.exit(3)
+    except FxQuantError as error:
+        err.print("[bold red]error:[/] ", end="")
+        err.print(str(error), markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("interrupted; the last finished epoch is kept, go on with --resume", markup=False)
+        sys.exit(130)
+
+
+@app.command("ls")
+def list_recipes(
+    folder: Annotated[Path, typer.Argument(help="folder of recipes")] = Path("recipes"),
+) -> None:
+    """List the recipes of a folder."""
+    if not folder.is_dir():
+        raise RecipeError(f"{folder} is not a folder; give the one that holds the recipes")
+    table = Table()
+    for heading in ("recipe", "model", "data", "estimator", "rules", "budget"):
+        table.add_column(heading, overflow="fold")
+    for path in sorted(folder.glob("*.toml")):
+        recipe = load_recipe(path)
+        budget = ", ".join(f"{k} {v:g}" for k, v in recipe.budget.model_dump().items() if v is not None)
+        rules = ", ".join(f"{r.pattern} W{r.weight_bits}A{r.activation_bits}" for r in recipe.built_rules())
+        table.add_row(path.name, recipe.model.name, recipe.data.name, recipe.quantization.estimator, rules, budget)
+    out.print(table)
+
+
+@app.command()
+def show(recipe: RecipePath, overrides: Overrides = None, seed: Seed = None) -> None:
+    """Print a recipe as it resolves: extended, overridden, with every default."""
+    out.print_json(load_recipe(recipe, overrides, seed).to_json())
+
+
+@app.command()
+def validate(
+    recipes: Annotated[list[Path], typer.Argument(help="recipe files", show_default=False)],
+) -> None:
+    """Check recipes without running them; all problems of all of them at once."""
+    problems = []
+    for path in recipes:
+        try:
+            load_recipe(path)
+            out.print(f"{path}: ok", markup=False, highlight=False)
+        except RecipeError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    output: Annotated[Path | None, typer.Option(help="folder for the results [default: runs/<recipe>]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --output")] = False,
+    seed: Seed = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a recipe, convert, lower, verify, and leave the integer model and result.json in --output."""
+    from .train import run as run_recipe
+
+    resolved = load_recipe(recipe, overrides, seed)
+    folder = output or Path("runs") / resolved.name
+    with _Bars(out) as bars:
+        outcome = run_recipe(resolved, folder, resume=resume, progress=bars)
+    out.print(report.layer_table(outcome.model, "Who got which bits"))
+    for backend, model in outcome.lowered.items():
+        out.print(report.lowering_table(model.meta["fxquant_lowered"], backend))
+    out.print(_summary(resolved, outcome.report, outcome.result["float_accuracy"]))
+    out.print(f"written to {folder}", markup=False, highlight=False)
+    outcome.report.raise_on_failure()
+
+
+@app.command()
+def lower(
+    source: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a run's folder, or its integer.safetensors")],
+    backend: Annotated[str, typer.Option(help="x86, onednn, fbgemm or qnnpack")] = "x86",
+    output: Annotated[Path | None, typer.Option(help="write the outcome as JSON to this file")] = None,
+) -> None:
+    """Put a finished run's integer model on a backend's kernels and verify it on the held-out images."""
+    from .lower import lower as lower_reference
+    from .train import load_run
+    from .verify import verify
+
+    get_backend(backend)
+    loaded = load_run(source)
+    lowered = lower_reference(loaded.reference, backend)
+    outcome = verify(None, loaded.reference, loaded.test_batches(), lowered={backend: lowered})
+    out.print(report.lowering_table(lowered.meta["fxquant_lowered"], backend))
+    out.print(_summary(loaded.recipe, outcome, None))
+    if output is not None:
+        parity = outcome.lowered[backend]
+        checkpoint.write_json(
+            output,
+            {
+                "recipe": loaded.recipe.name,
+                "backend": backend,
+                "reference_accuracy": outcome.reference_accuracy,
+                "accuracy": parity.accuracy,
+                "argmax_agreement": parity.argmax_agreement,
+                "max_code_difference": parity.max_code_difference,
+                "operators": [vars(layer) for layer in lowered.meta["fxquant_lowered"]],
+            },
+        )
+    outcome.raise_on_failure()
+
+
+def _summary(recipe: Recipe, outcome: VerifyReport, float_accuracy: float | None) -> Table:
+    table = Table(title=f"{recipe.name}, seed {recipe.seed}, {outcome.images} held-out images", title_justify="left")
+    for heading in ("model", "accuracy %", "argmax as reference %", "max codes off"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    if float_accuracy is not None:
+        table.add_row("float", f"{float_accuracy:.2f}", "-", "-")
+    if outcome.fake_quant_accuracy is not None:
+        exact = "0 (bit-exact)" if outcome.reference_equals_fake_quant else "DIFFERS"
+        table.add_row("fake-quant, frozen", f"{outcome.fake_quant_accuracy:.2f}", "-", exact)
+    table.add_row("reference integers", f"{outcome.reference_accuracy:.2f}", "100", "0")
+    for backend, parity in outcome.lowered.items():
+        table.add_row(
+            f"lowered, {backend}",
+            f"{parity.accuracy:.2f}",
+            f"{parity.argmax_agreement:.2f}",
+            str(parity.max_code_difference),
+        )
+    return table
+
+
+class _Bars:
+    """A progress bar a stage, with loss parts and mean widths beside it."""
+
+    def __init__(self, console: Console):
+        self.bars = Progress(
+            TextColumn("{task.description:>9}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[values]}"),
+            console=console,
+        )
+        self.task = None
+
+    def __enter__(self) -> _Bars:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.bars.stop()
+
+    def start(self, stage: str, steps: int, done: int = 0) -> None:
+        self.task = self.bars.add_task(stage, total=steps, completed=done, values="")
+
+    def step(self, values: dict[str, float]) -> None:
+        shown = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
+        self.bars.update(self.task, advance=1, values=shown)
+
+    def prepared(self, model: fx.GraphModule) -> None:
+        self.bars.console.print(report.layer_table(model, "Prepared: which rule each layer got"))
+
+
+__all__: list[str] = ["app", "main"]
+
+if __name__ == "__main__":
+    main()
