@@ -18,7 +18,8 @@ def fix_widths(model: nn.Module, budget: Budget | None = None) -> dict[str, tupl
     """Give every quantizer that still learns its width the whole one nearest to it that the budget allows.
 
     Starts from the learned widths rounded up, then takes single bits away, each time the one whose removal strays
-    least from the learned width for what it saves, until the budget holds. A width never leaves its rule's interval.
+    least from the learned width for what it saves, until the budget holds, and hands out again what a last step left
+    over. A width never leaves its rule's interval.
 
     Returns:
         (weight bits, activation bits) of each quantized layer, by name.
@@ -33,7 +34,8 @@ def fix_widths(model: nn.Module, budget: Budget | None = None) -> dict[str, tupl
         for name, layer in layers.items()
         for kind, estimator in (("weight", layer.weight_fake_quant), ("activation", layer.input_fake_quant))
     }
-    for what, limit, spent, saved in _limits(budget or Budget(), info.costs, choices):
+    limits = list(_limits(budget or Budget(), info.costs, choices))
+    for what, limit, spent, saved in limits:
         while spent() > limit + 1e-9:
             movable = [(key, c) for key, c in choices.items() if c.bits > c.lowest and saved(key) > 0]
             if not movable:
@@ -43,10 +45,25 @@ def fix_widths(model: nn.Module, budget: Budget | None = None) -> dict[str, tupl
                 )
             _, choice = min(movable, key=lambda item: item[1].strain() / saved(item[0]))
             choice.bits -= 1
+    _spend_what_is_left(limits, choices)
     for choice in choices.values():
         if not choice.estimator.settled:
             choice.estimator.fix_width(choice.bits)
     return {name: (choices[name, "weight"].bits, choices[name, "activation"].bits) for name in layers}
+
+
+def _spend_what_is_left(limits: list, choices: dict[tuple[str, str], _Choice]) -> None:
+    """Give bits back to those that lost most of their learned width, as long as the budget holds."""
+    short = sorted((c for c in choices.values() if c.bits < c.highest), key=lambda c: c.bits - c.learned)
+    while limits and short:
+        for choice in short:
+            choice.bits += 1
+            if all(spent() <= limit + 1e-9 for _, limit, spent, _ in limits):
+                break
+            choice.bits -= 1
+        else:
+            return
+        short = sorted((c for c in short if c.bits < c.highest), key=lambda c: c.bits - c.learned)
 
 
 class _Choice:
@@ -56,12 +73,12 @@ class _Choice:
         self.estimator = estimator
         self.learned = float(estimator.bit_width().detach().mean())
         if not estimator.learns_width:
-            self.bits = self.lowest = estimator.whole_bits
+            self.bits = self.lowest = self.highest = estimator.whole_bits
         elif isinstance(estimator.bits, int):  # squeezed towards one target: that is the width
-            self.bits = self.lowest = estimator.bits
+            self.bits = self.lowest = self.highest = estimator.bits
         else:
-            self.lowest, highest = estimator.bits
-            self.bits = min(max(math.ceil(self.learned - 1e-6), self.lowest), highest)
+            self.lowest, self.highest = estimator.bits
+            self.bits = min(max(math.ceil(self.learned - 1e-6), self.lowest), self.highest)
 
     def strain(self) -> float:
         """How much one bit less adds to the squared distance from the learned width; offset to be positive."""

@@ -61,6 +61,19 @@ def write_json(path: Path, values: Any) -> None:
     _write(path, lambda p: p.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8"))
 
 
+def read_result(folder: Path) -> dict[str, Any]:
+    """The ``result.json`` of a finished run.
+
+    Raises:
+        CheckpointError: where there is none, or it is damaged.
+    """
+    path = folder / RESULT
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); give the folder of a finished run") from None
+
+
 def save_checkpoint(folder: Path, recipe: Recipe, state: dict[str, Any]) -> None:
     """Write the state of a run, of tensors and plain values only."""
     content = {"format": _CHECKPOINT_FORMAT, "recipe": recipe.to_json(), **state}
@@ -117,7 +130,7 @@ def save_integer_model(path: Path, recipe: Recipe, state: dict[str, torch.Tensor
     """Write a reference graph's tensors (uint8 grids, int8 weights, int32 biases, scales) with its recipe."""
     metadata = {"format": _INTEGER_FORMAT, "recipe": recipe.to_json()}
     tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
-    _write(path, lambda p: safetensors.torch.save_file(tensors, str(p), metadata=metadata))
+    _write(path, lambda p: p.write_bytes(safetensors.torch.save(tensors, metadata)))
 
 
 def load_integer_model(path: Path) -> tuple[Recipe, dict[str, torch.Tensor]]:

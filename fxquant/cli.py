@@ -1,4 +1,4 @@
-"""The command line: fxquant ls | show | validate | run | lower."""
+"""The command line: fxquant ls | show | validate | run | lower | compare."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def run(
         outcome = run_recipe(resolved, folder, resume=resume, progress=bars)
     out.print(report.layer_table(outcome.model, "Who got which bits"))
     for backend, model in outcome.lowered.items():
-        out.print(report.lowering_table(model.meta["fxquant_lowered"], backend))
+        out.print(report.lowering_summary(model.meta["fxquant_lowered"], backend), highlight=False)
     out.print(_summary(resolved, outcome.report, outcome.result["float_accuracy"]))
     out.print(f"written to {folder}", markup=False, highlight=False)
     outcome.report.raise_on_failure()
@@ -146,6 +146,14 @@ def lower(
             },
         )
     outcome.raise_on_failure()
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="folders of finished runs", show_default=False)],
+) -> None:
+    """Print one table over finished runs: mean and standard deviation over seeds."""
+    out.print(report.comparison_table([checkpoint.read_result(folder) for folder in folders]))
 
 
 def _summary(recipe: Recipe, outcome: VerifyReport, float_accuracy: float | None) -> Table:

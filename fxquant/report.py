@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from rich.table import Table
 from torch import fx
 
@@ -76,6 +78,50 @@ def lowering_table(layers: list[LoweredLayer], backend: str) -> Table:
             f"{layer.share_different:.4%}" if layer.share_different else "0",
         )
     return table
+
+
+def lowering_summary(layers: list[LoweredLayer], backend: str) -> str:
+    """One line a backend, and one for each operator that had to stay on the reference."""
+    stayed = [layer for layer in layers if layer.kernel == "reference"]
+    kernels = len(layers) - len(stayed)
+    lines = [f"{backend}: {kernels} of {len(layers)} operators on integer kernels"]
+    lines += [f"  {layer.name} stays on the reference: {layer.reason}" for layer in stayed]
+    return "\n".join(lines)
+
+
+def comparison_table(results: list[dict]) -> Table:
+    """Accuracies of runs, one row per recipe: mean ± standard deviation over seeds."""
+    table = Table(title="Accuracy in per cent, mean ± standard deviation over seeds", title_justify="left")
+    groups: dict[str, list[dict]] = {}
+    for result in results:
+        groups.setdefault(result["recipe"], []).append(result)
+    backends = sorted({backend for result in results for backend in result["lowered"]})
+    headings = ("recipe", "seeds", "float", "fake-quant", "reference", *backends, "gap to float", "argmax as reference")
+    for heading in (*headings, "W bits", "A bits"):
+        table.add_column(heading, justify="left" if heading == "recipe" else "right", overflow="fold")
+    for recipe, runs in groups.items():
+        agreements = [run["lowered"][b]["argmax_agreement"] for run in runs for b in run["lowered"]]
+        table.add_row(
+            recipe,
+            str(len(runs)),
+            *(_spread([run[key] for run in runs]) for key in _ACCURACIES),
+            *(_spread([run["lowered"][b]["accuracy"] for run in runs if b in run["lowered"]]) for b in backends),
+            _spread([run["reference_accuracy"] - run["float_accuracy"] for run in runs]),
+            f"{min(agreements, default=100.0):.2f}",
+            _spread([run["mean_weight_bits"] for run in runs]),
+            _spread([run["mean_activation_bits"] for run in runs]),
+        )
+    return table
+
+
+_ACCURACIES = ("float_accuracy", "fake_quant_accuracy", "reference_accuracy")
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 def _bits(value: float | None) -> str:

@@ -11,7 +11,10 @@ that is 0 during warm-up and then grows linearly. Where fxquant departs:
 
 * the grid is the shared one (symmetric weights, integer zero-points), so the width of a weight channel is
   ``log2(α/s + 1) + 1`` with α = max|w|, and of an activation ``log2(q/s + 1)``: the inverses of the grid's table;
-* when the squeeze is over, the grid is whole and s is a step again, so its gradient is the residual itself;
+* a step never grows beyond the one of the target width, for there is nothing to gain below it;
+* when the squeeze is over, the grid is whole and s is a step again: the next tensor seen fits it anew (by ``init``),
+  and from then on its gradient is the residual itself. On digits at W2A2, seed 0, refitting moves the converted
+  accuracy from 90.0 to 95.5 %, for min-max ends at 2 bits leave most weights at 0;
 * a target of 1 bit for weights uses the binary grid from the start, for there is no grid between two levels and
   three to be squeezed through.
 """
@@ -70,6 +73,8 @@ class GDNSQ(LearnedStep):
         self.temperature = 0.0
         # A weight's own range, max|w| per scale, as of the last forward.
         self.register_buffer("weight_range", torch.ones(self.channels, device=self._device))
+        # Set when the squeeze ends: the next tensor seen sets the range of the whole grid.
+        self.register_buffer("refit", torch.zeros(1, dtype=torch.uint8, device=self._device))
         self.log2_range = None
         if self.scheme != "symmetric":
             self.log2_range = nn.Parameter(torch.zeros(self.channels, device=self._device))
@@ -86,13 +91,21 @@ class GDNSQ(LearnedStep):
         begin = self.warmup * total_steps
         return {"temperature": linear(0.0, self.final_temperature, total_steps - begin, begin)}
 
+    def scale(self) -> Tensor:
+        """The step; while it is squeezed, never above the one at which the lowest allowed width is reached."""
+        if not self.learns_width:
+            return super().scale()
+        lowest = (self.bits if isinstance(self.bits, int) else self.bits[0]) - 2 * _MARGIN
+        steps = 2 ** (lowest - 1) - 1 if self.scheme == "symmetric" else 2**lowest - 1
+        return torch.exp2(torch.minimum(self.log2_scale, torch.log2(self._extent().detach() / steps)))
+
     def bit_width(self) -> Tensor:
         """Real width, [channels], differentiable in ``log2_scale`` and ``log2_range``."""
         if not self.learns_width:
             return self.width
         if self.scheme == "symmetric":
             return torch.log2(self.weight_range / self.scale() + 1) + 1
-        return torch.log2(torch.exp2(self.log2_range - self.log2_scale) + 1)
+        return torch.log2(self._extent() / self.scale() + 1)
 
     @property
     def quant_min(self) -> int:
@@ -135,7 +148,15 @@ class GDNSQ(LearnedStep):
             return -share * extent, (1 - share) * extent
         return super().range()
 
+    def fix_width(self, bits: int) -> None:
+        if self.learns_width:
+            self.refit.fill_(1)
+        super().fix_width(bits)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self._refit and not self._frozen:
+            self.refit.zero_()
+            self.initialize_from(x)
         if self.learns_width and self.scheme == "symmetric":
             with torch.no_grad():
                 kept = x.abs().amax() if self.axis is None else x.abs().transpose(0, self.axis).flatten(1).amax(1)
@@ -178,3 +199,7 @@ class GDNSQ(LearnedStep):
         if not parts:
             return None
         return squeezed[0].temperature * task_loss * torch.stack(parts).sum()
+
+    def _read_flags(self) -> None:
+        super()._read_flags()
+        self._refit = bool(getattr(self, "refit", False))
