@@ -91,9 +91,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; nothing can be resumed or lowered from it") from None
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(
-            f"{path} is damaged, or no checkpoint at all ({str(error).splitlines()[0][:120]}); start the run anew "
-            "in another folder"
+            f"{path} is damaged, or no checkpoint at all ({reason}); start the run anew in another folder"
         ) from None
     if not isinstance(content, dict) or content.get("format") != _CHECKPOINT_FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__

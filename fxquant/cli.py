@@ -116,7 +116,10 @@ def run(
 
 @app.command()
 def lower(
-    source: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a run's folder, or its integer.safetensors")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="a finished run: its folder, integer.safetensors or checkpoint.pt"),
+    ],
     backend: Annotated[str, typer.Option(help="x86, onednn, fbgemm or qnnpack")] = "x86",
     output: Annotated[Path | None, typer.Option(help="write the outcome as JSON to this file")] = None,
 ) -> None:

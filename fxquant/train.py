@@ -115,14 +115,14 @@ class _Run:
         model = prepare(
             self.float_model,
             recipe.built_rules(),
-            calibration=self._train_plain(),
+            calibration=plain_batches(self.data, self.recipe),
             backend=recipe.quantization.backend,
             residual_bits=recipe.quantization.residual_bits,
         )
         self.progress.prepared(model)
         history = self._train_quantized(model, state)
         budget = recipe.built_budget()
-        freeze(model, budget, calibration=self._train_plain())
+        freeze(model, budget, calibration=plain_batches(self.data, self.recipe))
         reference = convert(model)
         lowered = {b: lower(reference, b) for b in recipe.quantization.lower}
         report = verify(model, reference, self._test(), lowered=lowered)
@@ -137,7 +137,7 @@ class _Run:
         section = self.recipe.float_training
         loader = self._train_loader()
         groups = param_groups(self.float_model, section.lr, weight_decay=section.weight_decay)
-        criterion = nn.CrossEntropyLoss(label_smoothing=0.0)
+        criterion = nn.CrossEntropyLoss()
 
         def loss_of(model, images, labels):
             loss = criterion(model(images), labels)
@@ -172,8 +172,6 @@ class _Run:
             budget_weight=section.budget_weight,
         ).to(self.accelerator.device)
         groups = param_groups(model, section.lr, quantizer_lr=section.quantizer_lr, weight_decay=section.weight_decay)
-        if state:
-            model.load_state_dict(state["model"])
         controller = Controller(model, total, budget=budget, finetune=section.finetune)
         layers, costs = cost.qat_layers(model), model.meta["fxquant"].costs
         history: list[dict] = list(state["history"]) if state else []
@@ -283,11 +281,6 @@ class _Run:
             shift=section.shift,
         )
 
-    def _train_plain(self) -> Batches:
-        """Training images in a fixed random order, as they are: for calibration and BatchNorm."""
-        order = torch.randperm(len(self.data.train_images), generator=torch.Generator().manual_seed(_BN_BATCHES_SEED))
-        return Batches(self.data.train_images[order], self.data.train_labels[order], self.recipe.data.batch_size)
-
     def _test(self) -> Batches:
         return Batches(self.data.test_images, self.data.test_labels, _EVAL_BATCH)
 
@@ -380,47 +373,78 @@ class LoadedRun:
 
 
 def load_run(path: Path) -> LoadedRun:
-    """The reference graph of a finished run, from its folder or its ``integer.safetensors``.
+    """The reference graph of a finished run: from its folder, its ``integer.safetensors`` or its ``checkpoint.pt``.
 
     Raises:
-        CheckpointError: where the file is missing, damaged, foreign, or does not fit its own recipe.
+        CheckpointError: where the file is missing, damaged, foreign, unfinished, or does not fit its own recipe.
     """
     path = path / checkpoint.INTEGER_MODEL if path.is_dir() else path
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give the folder of a finished run, or its integer model")
+        raise CheckpointError(f"{path} does not exist; give the folder of a finished run, or a file of it")
+    if path.suffix == Path(checkpoint.CHECKPOINT).suffix:
+        return _from_checkpoint(path)
     recipe, tensors = checkpoint.load_integer_model(path)
     data = load_data(recipe.data.name, recipe.data.image_size)
-    reference = empty_reference(recipe, data.train_images[:1])
-    expected = reference.state_dict()
-    wrong = [n for n in {*expected, *tensors} if n not in expected or n not in tensors]
-    wrong += [n for n in expected if n in tensors and expected[n].shape != tensors[n].shape]
+    model = _prepared_without_data(recipe, data)
+    for module in model.modules():
+        if isinstance(module, Estimator):
+            module.initialized.fill_(1)  # shapes are all that matters: the file has the values
+            module._read_flags()
+    freeze(model)
+    reference = convert(model)
+    _load_strictly(reference, tensors, path, recipe)
+    return _loaded(recipe, reference, data)
+
+
+def _from_checkpoint(path: Path) -> LoadedRun:
+    content = checkpoint.load_checkpoint(path)
+    recipe = checkpoint.stored_recipe(content["recipe"], path)
+    done = content["epochs_done"] if content["stage"] == "quantized" else 0
+    if done < recipe.train.epochs:
+        raise CheckpointError(
+            f"the run of {path} has done {done} of {recipe.train.epochs} quantized epochs; finish it with "
+            "fxquant run ... --resume"
+        )
+    data = load_data(recipe.data.name, recipe.data.image_size)
+    model = _prepared_without_data(recipe, data)
+    _load_strictly(model, content["model"], path, recipe)
+    freeze(model, recipe.built_budget(), calibration=plain_batches(data, recipe))
+    return _loaded(recipe, convert(model), data)
+
+
+def _loaded(recipe: Recipe, reference: fx.GraphModule, data: ImageData) -> LoadedRun:
+    reference.meta["fxquant"].calibration = plain_batches(data, recipe)
+    return LoadedRun(recipe, reference, data)
+
+
+def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path, recipe: Recipe) -> None:
+    expected = model.state_dict()
+    wrong = [name for name in {*expected, *tensors} if name not in expected or name not in tensors]
+    wrong += [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
     if wrong:
         raise CheckpointError(
             f"{path} does not fit the model of its own recipe ({recipe.model.name}): {len(wrong)} tensors are "
             f"missing, unexpected or of another shape, {sorted(wrong)[0]!r} among them"
         )
-    reference.load_state_dict(tensors)
-    calibration = Batches(data.train_images, data.train_labels, recipe.data.batch_size)
-    reference.meta["fxquant"].calibration = calibration
-    return LoadedRun(recipe, reference, data)
+    model.load_state_dict(tensors)
 
 
-def empty_reference(recipe: Recipe, image: Tensor) -> fx.GraphModule:
-    """The reference graph of a recipe with the right shapes and arbitrary integers, to load a file into."""
+def _prepared_without_data(recipe: Recipe, data: ImageData) -> fx.GraphModule:
+    """A recipe's prepared model with the right structure and no ranges yet, to load a file into."""
     offline = recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": False})})
-    model = prepare(
-        build_model(offline).eval(),
+    return prepare(
+        build_model(offline),
         recipe.built_rules(),
-        example_inputs=(image,),
+        example_inputs=(data.train_images[:1],),
         backend=recipe.quantization.backend,
         residual_bits=recipe.quantization.residual_bits,
     )
-    for module in model.modules():
-        if isinstance(module, Estimator):
-            module.initialized.fill_(1)
-            module._read_flags()
-    freeze(model)
-    return convert(model)
+
+
+def plain_batches(data: ImageData, recipe: Recipe) -> Batches:
+    """Training images in a fixed random order, as they are: for calibration and BatchNorm."""
+    order = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(_BN_BATCHES_SEED))
+    return Batches(data.train_images[order], data.train_labels[order], recipe.data.batch_size)
 
 
 def _warmup_cosine(steps: int, warmup: float) -> Schedule:

@@ -1,0 +1,153 @@
+"""The command line, run as a user runs it: what it prints, what it leaves, how it fails."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import RECIPES, ROOT
+
+SHORT = ["--set", "float.epochs=1", "--set", "train.epochs=1", "--set", "quantization.lower=['x86']"]
+
+
+def fxquant(*arguments, cwd=ROOT):
+    command = [sys.executable, "-m", "fxquant", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=_environment(), check=False)
+
+
+def _environment():
+    import os
+
+    return {**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    return fxquant("run", RECIPES / "digits_mixed4_nipq.toml", "--output", folder, *SHORT), folder
+
+
+def test_run_leaves_its_files_and_prints_the_tables(short_run):
+    done, folder = short_run
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in folder.iterdir()} == {
+        "recipe.json",
+        "checkpoint.pt",
+        "integer.safetensors",
+        "result.json",
+    }
+    for words in ("Prepared: which rule each layer got", "layer1.0.conv1", "W bits", "bit-exact", "lowered, x86"):
+        assert words in done.stdout
+    assert done.stderr == ""
+
+
+def test_result_json_has_what_was_promised(short_run):
+    result = json.loads((short_run[1] / "result.json").read_text())
+    promised = {
+        "recipe", "model", "estimator", "seed", "float_accuracy", "fake_quant_accuracy", "reference_accuracy",
+        "lowered", "mean_weight_bits", "mean_activation_bits", "bops", "weights_bytes", "parity", "seconds",
+    }  # fmt: skip
+    assert promised <= result.keys()
+    assert {"accuracy", "argmax_agreement", "max_code_difference"} <= result["lowered"]["x86"].keys()
+    assert {"float", "ideal"} <= result["weights_bytes"].keys()
+    assert result["parity"]["reference_equals_fake_quant"] is True
+    assert result["mean_weight_bits"] <= 4
+    assert result["mean_activation_bits"] <= 4
+
+
+def test_lower_reads_the_run_back_and_agrees(short_run, tmp_path):
+    folder = short_run[1]
+    done = fxquant("lower", folder, "--backend", "onednn", "--output", tmp_path / "onednn.json")
+    assert done.returncode == 0, done.stderr
+    assert "quantized.conv2d_relu" in done.stdout
+    outcome = json.loads((tmp_path / "onednn.json").read_text())
+    result = json.loads((folder / "result.json").read_text())
+    assert outcome["reference_accuracy"] == result["reference_accuracy"]
+    assert outcome["argmax_agreement"] >= 99.9
+
+
+def test_compare(short_run):
+    done = fxquant("compare", short_run[1])
+    assert done.returncode == 0, done.stderr
+    assert "digits_mixed4_nipq" in done.stdout
+    assert "gap to float" in done.stdout
+
+
+def test_output_folder_that_is_not_empty(short_run):
+    before = {p: p.read_bytes() for p in short_run[1].iterdir()}
+    done = fxquant("run", RECIPES / "digits_mixed4_nipq.toml", "--output", short_run[1], *SHORT)
+    assert done.returncode == 2
+    assert "is not empty (it holds checkpoint.pt" in done.stderr
+    assert "--resume" in done.stderr
+    assert {p: p.read_bytes() for p in short_run[1].iterdir()} == before
+
+
+def test_resume_with_another_recipe(short_run):
+    done = fxquant("run", RECIPES / "digits_mixed4_nipq.toml", "--output", short_run[1], "--resume", "--seed", 3)
+    assert done.returncode == 2
+    assert "is of another recipe" in done.stderr
+    assert "seed (0 there, 3 here)" in done.stderr
+
+
+def test_resume_of_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    done = fxquant("run", RECIPES / "digits_mixed4_nipq.toml", "--output", tmp_path, "--resume")
+    assert done.returncode == 2
+    assert "holds no checkpoint.pt" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_ls_show_validate():
+    listed = fxquant("ls", "recipes")
+    assert listed.returncode == 0
+    assert "digits_w2a2_gdnsq" in listed.stdout
+    shown = fxquant("show", RECIPES / "digits_w4a4_nipq.toml", "--set", "train.epochs=3", "--seed", "7")
+    values = json.loads(shown.stdout)
+    assert (values["train"]["epochs"], values["seed"]) == (3, 7)
+    assert fxquant("validate", *sorted(RECIPES.glob("*.toml"))).returncode == 0
+
+
+def test_validate_lists_the_problems_of_all(tmp_path):
+    (tmp_path / "a.toml").write_text('extends = "missing.toml"')
+    (tmp_path / "b.toml").write_text("sed = 1")
+    done = fxquant("validate", tmp_path / "a.toml", tmp_path / "b.toml", RECIPES / "digits_w4a4_nipq.toml")
+    assert done.returncode == 2
+    assert "missing.toml: cannot be read" in done.stderr
+    assert "unknown key 'sed': did you mean 'seed'" in done.stderr
+    assert "digits_w4a4_nipq.toml: ok" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "recipes/digits_w4a4_nipk.toml"], "did you mean digits_w4a4_nipq"),
+        (["run", "recipes/digits_w4a4_nipq.toml", "--set", "model.name=test_resnt"], "did you mean 'test_resnet'"),
+        (["run", "recipes/digits_w4a4_nipq.toml", "--set", "train.optimizer=adamv"], "optimizer 'adamv' was asked for"),
+        (["lower", "nowhere"], "nowhere does not exist"),
+        (["lower", "nowhere", "--backend", "x68"], "unknown backend 'x68': did you mean 'x86'"),
+        (["compare", "nowhere"], "give the folder of a finished run"),
+        (["ls", "nowhere"], "not a folder"),
+    ],
+)
+def test_bad_input_is_one_message_and_leaves_nothing(arguments, message, tmp_path):
+    if arguments[0] == "run":
+        arguments = [*arguments, "--output", str(tmp_path / "out"), "--set", "float.epochs=1"]
+    done = fxquant(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_failed_parity_is_its_own_exit_status(monkeypatch, digits_run, tmp_path):
+    from fxquant import cli
+    from fxquant.verify import LoweredParity
+
+    outcome, _ = digits_run
+    monkeypatch.setitem(outcome.report.lowered, "x86", LoweredParity(50.0, 3, "fc_rescale", 40.0))
+    monkeypatch.setattr("fxquant.train.run", lambda *_, **__: outcome)
+    monkeypatch.setattr(sys, "argv", ["fxquant", "run", str(RECIPES / "digits_w4a4_nipq.toml"), "--output", "x"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 3

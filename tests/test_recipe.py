@@ -1,0 +1,121 @@
+"""Recipes: extends, overrides, and errors that name every problem with the nearest known word."""
+
+import pytest
+
+from fxquant.recipe import RecipeError, load_recipe
+
+from .conftest import RECIPES
+
+ALL = sorted(RECIPES.glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert recipe.quantization.estimator in path.stem
+
+
+def test_the_recipes_of_the_front_page_are_there():
+    names = {path.stem for path in ALL}
+    assert {f"digits_w4a4_{e}" for e in ("pege", "gdnsq", "nipq")} <= names
+    assert {"digits_w2a2_gdnsq", "digits_mixed4_nipq"} <= names
+
+
+def test_rules_of_w4a4():
+    first_and_last, rest = load_recipe(RECIPES / "digits_w4a4_pege.toml").built_rules()
+    assert (first_and_last.pattern, first_and_last.weight_bits, first_and_last.activation_bits) == ("first|last", 8, 8)
+    assert (rest.weight_bits, rest.activation_bits, rest.estimator) == (4, 4, "pege")
+
+
+def test_extends_merges_tables_and_the_child_wins(tmp_path):
+    (tmp_path / "base.toml").write_text(MINIMAL + "\n[float]\nepochs = 7\nlr = 0.5\n")
+    (tmp_path / "child.toml").write_text('extends = "base.toml"\n[float]\nepochs = 1\n')
+    recipe = load_recipe(tmp_path / "child.toml")
+    assert (recipe.name, recipe.float_training.epochs, recipe.float_training.lr) == ("child", 1, 0.5)
+
+
+def test_overrides_and_seed(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    recipe = load_recipe(path, ["train.epochs=9", "model.name=resnet18", "quantization.lower=['x86']"], seed=5)
+    assert (recipe.train.epochs, recipe.model.name, recipe.quantization.lower) == (9, "resnet18", ["x86"])
+    assert recipe.seed == 5
+
+
+def test_digest_tells_recipes_apart(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    assert load_recipe(path).digest() == load_recipe(path).digest() != load_recipe(path, seed=1).digest()
+
+
+def test_all_problems_are_listed_at_once(tmp_path):
+    path = write(tmp_path, MINIMAL.replace("epochs = 1", "epochs = -1").replace("digits", "digit") + "epoch = 3\n")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    text = str(error.value)
+    assert "3 problem(s)" in text
+    assert "unknown data set 'digit': did you mean 'digits'?" in text
+    assert "unknown key 'train.epoch': did you mean 'epochs'?" in text
+    assert "train.epochs" in text
+    assert "greater than 0" in text
+    assert "(found -1)" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("quantization.estimator=nipk", "unknown estimator 'nipk': did you mean 'nipq'"),
+        ("quantization.backend=x68", "unknown backend 'x68': did you mean 'x86'"),
+        ("quantization.lower=['onedn']", "unknown backend 'onedn': did you mean 'onednn'"),
+        ("quantization.options.kapa=1", "unknown option of the estimator 'lsq' 'kapa'"),
+        ("train.distillation=jefreys", "unknown distillation 'jefreys': did you mean 'jeffreys'"),
+        ("data.imagesize=8", "unknown key 'data.imagesize': did you mean 'image_size'"),
+        ("budjet.bops=3", "unknown key 'budjet': did you mean 'budget'"),
+        ("rules=[{pattern='*', bits=9}]", "weight_bits=9 was asked for; widths are whole numbers of bits from 1 to 8"),
+        ("rules=[{pattern='*', bits=0}]", "weight_bits=0 was asked for"),
+        ("rules=[{pattern='*', bits=[2, 8]}]", "'lsq' to learn its width, which it cannot"),
+        ("rules=[{pattern='*', bit=4}]", "unknown key 'rules.0.bit': did you mean 'bits'"),
+        ("rules=[{pattern='re:(', bits=4}]", "not a regular expression"),
+        ("rules=[{pattern='*', weight_bits=4}]", "activation_bits=None; integer kernels need both"),
+        ("train", "give key=value"),
+        ("seed.x=1", "'seed' is not a table"),
+    ],
+)
+def test_bad_values_say_what_to_do(tmp_path, override, message):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(tmp_path, MINIMAL), [override])
+    assert message in str(error.value)
+
+
+def test_missing_file_names_the_nearest():
+    with pytest.raises(RecipeError, match=r"cannot be read .*did you mean digits_w4a4_nipq"):
+        load_recipe(RECIPES / "digits_w4a4_nipk.toml")
+
+
+def test_broken_toml_and_circles(tmp_path):
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        load_recipe(write(tmp_path, "= 3"))
+    (tmp_path / "a.toml").write_text('extends = "b.toml"')
+    (tmp_path / "b.toml").write_text('extends = "a.toml"')
+    with pytest.raises(RecipeError, match="goes round in a circle"):
+        load_recipe(tmp_path / "a.toml")
+
+
+MINIMAL = """
+seed = 0
+[model]
+name = "test_resnet"
+[data]
+name = "digits"
+image_size = 16
+[[rules]]
+pattern = "*"
+bits = 4
+[train]
+epochs = 1
+"""
+
+
+def write(folder, text):
+    path = folder / "recipe.toml"
+    path.write_text(text)
+    return path

@@ -1,0 +1,161 @@
+"""What a run leaves behind, and that a run that was cut ends as one that was not."""
+
+import pytest
+import torch
+
+from fxquant import checkpoint
+from fxquant.errors import CheckpointError, NonFiniteError, OutputFolderError
+from fxquant.recipe import load_recipe
+from fxquant.train import Silent, load_run, run
+from fxquant.verify import verify
+
+from .conftest import RECIPES
+
+SHORT = ["float.epochs=2", "train.epochs=4", "train.finetune=0.5", "quantization.lower=['x86']", "data.batch_size=256"]
+
+
+class Cut(Silent):
+    """Interrupts a stage after so many steps."""
+
+    def __init__(self, stage, steps):
+        self.cut_stage, self.left, self.stage = stage, steps, None
+
+    def start(self, stage, steps, done=0):
+        self.stage = stage
+
+    def step(self, values):
+        if self.stage == self.cut_stage:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["digits_mixed4_nipq", "digits_w2a2_gdnsq", "digits_w4a4_pege"])
+def test_resume_ends_with_the_same_integers(name, tmp_path):
+    recipe = load_recipe(RECIPES / f"{name}.toml", SHORT)
+    whole = run(recipe, tmp_path / "whole")
+    # 4 steps an epoch: cut in float, in the first quantized epochs, and after widths have become whole.
+    for stage, steps in (("float", 6), ("quantized", 6), ("quantized", 5)):
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / "cut", resume=(tmp_path / "cut").exists(), progress=Cut(stage, steps))
+    resumed = run(recipe, tmp_path / "cut", resume=True)
+    for name, tensor in whole.reference.state_dict().items():
+        assert torch.equal(tensor, resumed.reference.state_dict()[name]), name
+    drop = lambda result: {k: v for k, v in result.items() if k != "seconds"}  # noqa: E731
+    assert drop(whole.result) == drop(resumed.result)
+
+
+def test_integer_model_reads_back_bit_for_bit(digits_run):
+    outcome, folder = digits_run
+    loaded = load_run(folder)
+    for name, tensor in outcome.reference.state_dict().items():
+        assert torch.equal(tensor, loaded.reference.state_dict()[name]), name
+    report = verify(None, loaded.reference, loaded.test_batches())
+    assert report.reference_accuracy == outcome.result["reference_accuracy"]
+
+
+def test_checkpoint_of_a_finished_run_gives_the_same_integers(digits_run):
+    outcome, folder = digits_run
+    loaded = load_run(folder / checkpoint.CHECKPOINT)
+    for name, tensor in outcome.reference.state_dict().items():
+        assert torch.equal(tensor, loaded.reference.state_dict()[name]), name
+
+
+def test_checkpoint_of_an_unfinished_run_is_refused(tmp_path):
+    recipe = load_recipe(RECIPES / "digits_w4a4_nipq.toml", SHORT)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path, progress=Cut("quantized", 6))
+    with pytest.raises(CheckpointError, match=r"has done 1 of 4 quantized epochs; finish it .*--resume"):
+        load_run(tmp_path / checkpoint.CHECKPOINT)
+
+
+def test_digits_run_is_exact_and_learned(digits_run):
+    outcome, _ = digits_run
+    assert outcome.report.reference_equals_fake_quant
+    assert outcome.result["reference_accuracy"] == outcome.result["fake_quant_accuracy"]
+    assert outcome.result["reference_accuracy"] > 90
+    outcome.report.raise_on_failure()
+
+
+def test_learned_widths_move_and_end_inside_the_budget(tmp_path):
+    recipe = load_recipe(RECIPES / "digits_mixed4_nipq.toml", ["float.epochs=2", "train.epochs=6"])
+    result = run(recipe, tmp_path / "run").result
+    widths = [layer[kind] for layer in result["layers"] for kind in ("weight_bits", "activation_bits")]
+    assert all(width == int(width) and 2 <= width <= 8 for width in widths)
+    assert len(set(widths)) >= 3, "widths of 32 quantizers ended alike"
+    assert 3.92 <= result["mean_weight_bits"] <= 4
+    assert 3.92 <= result["mean_activation_bits"] <= 4
+
+
+def test_diverging_training_says_where(tmp_path):
+    recipe = load_recipe(RECIPES / "digits_w4a4_nipq.toml", ["float.epochs=1", "float.lr=1e30"])
+    with pytest.raises(NonFiniteError, match=r"loss is NaN or infinite in epoch 1 of float training: .*Lower train.lr"):
+        run(recipe, tmp_path / "run")
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        content = content[: len(content) // 2]
+    elif how == "foreign":
+        content = b"not a model at all"
+    elif how == "empty":
+        content = b""
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("how", ["truncated", "foreign", "empty"])
+@pytest.mark.parametrize("file", [checkpoint.CHECKPOINT, checkpoint.INTEGER_MODEL])
+def test_damaged_files_are_refused(digits_run, tmp_path, how, file):
+    path = tmp_path / file
+    path.write_bytes((digits_run[1] / file).read_bytes())
+    damage(path, how)
+    read = checkpoint.load_checkpoint if file == checkpoint.CHECKPOINT else checkpoint.load_integer_model
+    with pytest.raises(CheckpointError, match=r"damaged, or no checkpoint|cannot be read as an integer model"):
+        read(path)
+
+
+def test_foreign_but_sound_files_are_refused(tmp_path):
+    torch.save({"model": torch.ones(2)}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"no checkpoint of fxquant \(format None"):
+        checkpoint.load_checkpoint(tmp_path / "checkpoint.pt")
+    import safetensors.torch
+
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "integer.safetensors")
+    with pytest.raises(CheckpointError, match=r"no integer model of fxquant \(format None"):
+        load_run(tmp_path)
+
+
+def test_pickles_with_code_are_not_run(tmp_path):
+    class Boom:
+        def __reduce__(self):
+            return (pytest.fail, ("code in a checkpoint was run",))
+
+    torch.save({"format": "fxquant-checkpoint-1", "x": Boom()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match="damaged, or no checkpoint"):
+        checkpoint.load_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_integer_model_of_another_architecture_is_refused(digits_run, tmp_path):
+    recipe, tensors = checkpoint.load_integer_model(digits_run[1] / checkpoint.INTEGER_MODEL)
+    name = next(n for n in tensors if n.endswith("integer.weight"))
+    tensors[name] = tensors[name][:1]
+    checkpoint.save_integer_model(tmp_path / checkpoint.INTEGER_MODEL, recipe, tensors)
+    with pytest.raises(CheckpointError, match=f"does not fit the model of its own recipe .*'{name}'"):
+        load_run(tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    checkpoint.write_json(path, {"a": 1})
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OutputFolderError, match="No space left on device"):
+        checkpoint.write_json(path, {"a": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+
+
+def test_output_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputFolderError, match="cannot be used for output"):
+        checkpoint.claim_output(tmp_path / "file", resume=False)
