@@ -27,14 +27,13 @@ def fix_widths(model: nn.Module, budget: Budget | None = None) -> dict[str, tupl
     Raises:
         SpecError: where even the lowest widths exceed the budget.
     """
-    info = prepared_info(model)
     layers = cost.qat_layers(model)
     choices = {
         (name, kind): _Choice(estimator)
         for name, layer in layers.items()
         for kind, estimator in (("weight", layer.weight_fake_quant), ("activation", layer.input_fake_quant))
     }
-    limits = list(_limits(budget or Budget(), info.costs, choices))
+    limits = list(_limits(budget, prepared_info(model).costs, choices)) if budget else []
     for what, limit, spent, saved in limits:
         while spent() > limit + 1e-9:
             movable = [(key, c) for key, c in choices.items() if c.bits > c.lowest and saved(key) > 0]

@@ -27,7 +27,7 @@ _INTEGER_FORMAT = "fxquant-integer-1"
 
 
 def claim_output(folder: Path, resume: bool) -> None:
-    """Make ``folder`` ready to be written to.
+    """Make sure that ``folder`` can take a run's files; nothing is created yet.
 
     Raises:
         OutputFolderError: where it holds something and ``resume`` was not asked for, or cannot be written.
@@ -39,15 +39,18 @@ def claim_output(folder: Path, resume: bool) -> None:
                 f"{folder} is not empty (it holds {', '.join(found[:5])}); pass --resume to go on with the run in "
                 "it, or name another --output"
             )
-        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputFolderError(f"{folder} cannot be used for output: {error.strerror}") from None
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise OutputFolderError(f"{folder} cannot be used for output: {nearest} is not a folder that can be written to")
 
 
 def _write(path: Path, write) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then move it there in one step."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except OSError as error:
@@ -111,7 +114,7 @@ def checkpoint_for(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     """
     path = folder / CHECKPOINT
     if not path.exists():
-        if any(folder.iterdir()):
+        if folder.exists() and any(folder.iterdir()):
             raise CheckpointError(
                 f"--resume was asked for, but {folder} holds no {CHECKPOINT}; name the folder of the run"
             )

@@ -46,9 +46,6 @@ def main() -> None:
         err.print("[bold red]error:[/] ", end="")
         err.print(str(error), markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("interrupted; the last finished epoch is kept, go on with --resume", markup=False)
-        sys.exit(130)
 
 
 @app.command("ls")
@@ -104,8 +101,12 @@ def run(
 
     resolved = load_recipe(recipe, overrides, seed)
     folder = output or Path("runs") / resolved.name
-    with _Bars(out) as bars:
-        outcome = run_recipe(resolved, folder, resume=resume, progress=bars)
+    try:
+        with _Bars(out) as bars:
+            outcome = run_recipe(resolved, folder, resume=resume, progress=bars)
+    except KeyboardInterrupt:
+        err.print(f"interrupted; go on from the last finished epoch with --resume --output {folder}", markup=False)
+        raise typer.Exit(130) from None
     out.print(report.layer_table(outcome.model, "Who got which bits"))
     for backend, model in outcome.lowered.items():
         out.print(report.lowering_summary(model.meta["fxquant_lowered"], backend), highlight=False)

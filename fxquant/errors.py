@@ -68,7 +68,7 @@ def did_you_mean(asked: str, known: list[str], most: int = 5) -> str:
     >>> did_you_mean("nipk", ["gdnsq", "nipq", "pege"])
     "did you mean 'nipq'? (known: gdnsq, nipq, pege)"
     """
-    near = difflib.get_close_matches(asked, known, n=most, cutoff=0.5)
+    near = difflib.get_close_matches(asked, known, n=most, cutoff=0.45)
     listing = ", ".join(known[:40]) + (", ..." if len(known) > 40 else "")
     if near:
         return f"did you mean {' or '.join(repr(name) for name in near)}? (known: {listing})"

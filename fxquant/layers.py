@@ -222,11 +222,7 @@ class QATConv2d(QATLayer, nn.Conv2d):
     def from_float(cls, module: nn.Module, use_precomputed_fake_quant: bool = False) -> QATConv2d:
         """From an ``nn.Conv2d``, or torch.ao's ConvBn2d, ConvReLU2d, ConvBnReLU2d, with a ``qconfig``."""
         conv, bn, relu = _parts(module)
-        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            raise SpecError(
-                f"Conv2d with padding={conv.padding!r}, padding_mode={conv.padding_mode!r}: integer kernels pad with "
-                "zeros, by a number; keep this layer float with Rule(name, weight_bits=None, activation_bits=None)"
-            )
+        check_padding(conv, "Conv2d")
         layer = cls(**_conv_arguments(conv), device="meta")
         layer._adopt(conv, bn, relu, module.qconfig)
         return layer.train(module.training)
@@ -263,6 +259,15 @@ class QATLinear(QATLayer, nn.Linear):
 
     def _float_layer(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, bias=True, device="meta")
+
+
+def check_padding(layer: nn.Module, what: str) -> None:
+    """Raises :class:`SpecError` for a convolution that pads in a way integer kernels do not; ``what`` names it."""
+    if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+        raise SpecError(
+            f"{what} has padding={layer.padding!r}, padding_mode={layer.padding_mode!r}; integer kernels pad with "
+            "zeros, by a number. Keep the layer float with Rule(name, weight_bits=None, activation_bits=None)"
+        )
 
 
 def _conv_arguments(conv: nn.Conv2d) -> dict:

@@ -13,7 +13,7 @@ from . import cost
 from ._torch_ao import QConfigMapping, deprecations_silenced, prepare_qat_fx
 from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecError
 from .estimators import Estimator
-from .layers import QATLayer
+from .layers import QATLayer, check_padding
 from .qconfig import EDGE_OPERATORS, edge_qconfig, get_backend_config, get_qat_qconfig
 from .spec import RESIDUAL_BITS, Rule, get_backend, resolve_rules
 from .trace import trace
@@ -79,6 +79,7 @@ def prepare(
 
     Raises:
         UnknownNameError: unknown backend.
+        SpecError: no rule, no layer, nothing to trace with, or a padding that integer kernels lack.
         RuleError: a rule that matches no layer.
         TraceError: a model that cannot be captured.
         EmptyDataError: a calibration iterable without a batch.
@@ -91,7 +92,8 @@ def prepare(
         if calibration is None:
             raise SpecError("prepare needs calibration data or example_inputs to trace the model with")
         example_inputs = (next(_images(calibration)),)
-    example_inputs = tuple(example_inputs)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    example_inputs = tuple(argument.to(device) for argument in example_inputs)
     traced = trace(model, example_inputs)
     layers = _quantizable_layers(traced)
     if not layers:
@@ -99,6 +101,7 @@ def prepare(
     resolved = resolve_rules(list(rules), list(layers))
     for name, rule in resolved.items():
         if rule is not None and not rule.keeps_float:
+            check_padding(layers[name], f"layer {name!r}")
             _check_weight(name, layers[name].weight)
 
     mapping = QConfigMapping().set_global(edge_qconfig(residual_bits))

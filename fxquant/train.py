@@ -92,11 +92,12 @@ class _Run:
         from accelerate import Accelerator
 
         self.recipe, self.output, self.progress = recipe, output, progress
-        self.accelerator = Accelerator()
         self.started = time.perf_counter()
-        _seed_everything(recipe.seed)
+        self.accelerator = Accelerator()
         self.data = load_data(recipe.data.name, recipe.data.image_size)
-        self.float_model = build_model(recipe)
+        self._rehearse()
+        _seed_everything(recipe.seed)
+        self.float_model = build_model(recipe).to(self.accelerator.device)
 
     def execute(self, state: dict | None) -> RunOutcome:
         recipe = self.recipe
@@ -122,7 +123,8 @@ class _Run:
         self.progress.prepared(model)
         history = self._train_quantized(model, state)
         budget = recipe.built_budget()
-        freeze(model, budget, calibration=plain_batches(self.data, self.recipe))
+        freeze(model, budget, calibration=plain_batches(self.data, recipe))
+        model.cpu()  # integer kernels and the exactness of sums are a matter of the CPU
         reference = convert(model)
         lowered = {b: lower(reference, b) for b in recipe.quantization.lower}
         report = verify(model, reference, self._test(), lowered=lowered)
@@ -130,6 +132,12 @@ class _Run:
         result = self._result(model, report, float_accuracy, history)
         checkpoint.write_json(self.output / checkpoint.RESULT, result)
         return RunOutcome(result, report, model, reference, lowered)
+
+    def _rehearse(self) -> None:
+        """Whatever can be wrong with the recipe comes out here, before anything is trained or written."""
+        model = _prepared_without_data(self.recipe, self.data)
+        for name in (self.recipe.float_training.optimizer, self.recipe.train.optimizer):
+            make_optimizer(param_groups(model, 1e-3), name)
 
     # ---- stages ------------------------------------------------------------------------------------------
 
@@ -165,7 +173,7 @@ class _Run:
         criterion = QATLoss(
             nn.CrossEntropyLoss(),
             budget,
-            teacher=copy.deepcopy(self.float_model),
+            teacher=copy.deepcopy(self.float_model).to(self.accelerator.device),
             distillation=section.distillation,
             task_weight=section.task_weight,
             distillation_weight=section.distillation_weight,

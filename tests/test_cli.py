@@ -1,8 +1,10 @@
 """The command line, run as a user runs it: what it prints, what it leaves, how it fails."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -138,6 +140,24 @@ def test_bad_input_is_one_message_and_leaves_nothing(arguments, message, tmp_pat
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_interrupt_keeps_the_last_epoch_and_resume_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    command = ["run", "recipes/digits_w4a4_nipq.toml", "--output", folder, "--set", "train.epochs=2", *SHORT[:2]]
+    arguments = [sys.executable, "-m", "fxquant", *map(str, command)]
+    process = subprocess.Popen(arguments, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (folder / "checkpoint.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert f"--resume --output {folder}" in stderr.decode()
+    assert not (folder / "result.json").exists()
+    assert not list(folder.glob("*.partial"))
+    assert fxquant(*command, "--resume").returncode == 0
+    assert (folder / "result.json").exists()
 
 
 def test_failed_parity_is_its_own_exit_status(monkeypatch, digits_run, tmp_path):

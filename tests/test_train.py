@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fxquant import checkpoint
-from fxquant.errors import CheckpointError, NonFiniteError, OutputFolderError
+from fxquant.errors import CheckpointError, NonFiniteError, OutputFolderError, RuleError
 from fxquant.recipe import load_recipe
 from fxquant.train import Silent, load_run, run
 from fxquant.verify import verify
@@ -153,6 +153,18 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
         checkpoint.write_json(path, {"a": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
     assert path.read_text() == '{\n  "a": 1\n}\n'
+
+
+def test_a_wrong_rule_shows_before_anything_is_trained_or_written(tmp_path):
+    recipe = load_recipe(RECIPES / "digits_w4a4_nipq.toml", ["rules=[{pattern='layer9*', bits=4}]"])
+
+    class Watch(Silent):
+        def start(self, stage, steps, done=0):
+            pytest.fail("training began")
+
+    with pytest.raises(RuleError, match=r"rule 'layer9\*' matches no quantizable layer .*did you mean 'layer"):
+        run(recipe, tmp_path / "run", progress=Watch())
+    assert not (tmp_path / "run").exists()
 
 
 def test_output_that_is_a_file(tmp_path):
