@@ -26,6 +26,7 @@ try:
         get_native_backend_config,
     )
     from torch.ao.quantization.fx import _lower_to_native_backend
+    from torch.ao.quantization.qconfig import qconfig_equals
     from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_qat_fx
 
     # Which quantized module replaces which reference module in convert_fx (private; _layers_for_torch_ao.py
@@ -57,6 +58,7 @@ __all__ = [
     "nnq",
     "nnqr",
     "prepare_qat_fx",
+    "qconfig_equals",
 ]
 
 

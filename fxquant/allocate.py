@@ -78,6 +78,7 @@ class _Choice:
         else:
             self.lowest, self.highest = estimator.bits
             self.bits = min(max(math.ceil(self.learned - 1e-6), self.lowest), self.highest)
+            self.highest = self.bits  # a rest of the budget goes back to whom it was taken from, to no one else
 
     def strain(self) -> float:
         """How much one bit less adds to the squared distance from the learned width; offset to be positive."""

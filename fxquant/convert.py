@@ -38,8 +38,19 @@ def convert(model: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
 
+    flat_names: dict[str, str] = {}
+
+    def flatten(name: str) -> str:
+        """``name`` without dots; another name that flattens alike gets a number."""
+        if name not in flat_names:
+            flat, taken = name.replace(".", "_"), set(flat_names.values())
+            while flat in taken:
+                flat += "_"
+            flat_names[name] = flat
+        return flat_names[name]
+
     def call(name: str, module: nn.Module, argument: fx.Node) -> fx.Node:
-        flat = name.replace(".", "_")
+        flat = flatten(name)
         if not hasattr(root, flat):
             root.add_module(flat, module)
         return graph.create_node("call_module", flat, (argument,), name=flat)
@@ -60,13 +71,15 @@ def convert(model: fx.GraphModule) -> fx.GraphModule:
             env[node].meta[SOURCE] = node.name
         elif module is not None:
             env[node] = graph.node_copy(node, env.__getitem__)
-            env[node].target = node.target.replace(".", "_")
+            env[node].target = flatten(node.target)
+            env[node].meta[SOURCE] = node.name
             if not hasattr(root, env[node].target):
                 root.add_module(env[node].target, copy.deepcopy(module))
         else:
             if node.op == "get_attr":
                 _copy_attribute(model, root, node.target)
             env[node] = graph.node_copy(node, env.__getitem__)
+            env[node].meta[SOURCE] = node.name
     graph.lint()
     reference = fx.GraphModule(root, graph, f"{type(model).__name__}Reference")
     reference.meta["fxquant"] = copy.copy(info)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -42,7 +43,7 @@ def freeze(
         estimator.require_initialized()
     widths = fix_widths(model, budget)
     data = calibration if calibration is not None else info.calibration
-    if data is not None:
+    if data is not None and not all(layer.frozen for layer in cost.qat_layers(model).values()):
         reestimate_batch_norm(model, data)
     for module in model.modules():
         if isinstance(module, (QATLayer, Estimator)):
@@ -61,6 +62,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable) -> None:
         raise SpecError("BatchNorm of a frozen model is folded away and cannot be re-estimated")
     training, momenta = model.training, [norm.momentum for norm in norms]
     device = next(model.parameters()).device
+    before = [copy.deepcopy(norm.state_dict()) for norm in norms]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -69,6 +71,10 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable) -> None:
     try:
         for images in _images(batches):
             model(images.to(device))
+    except BaseException:
+        for norm, state in zip(norms, before, strict=True):
+            norm.load_state_dict(state)
+        raise
     finally:
         model.train(training)
         for norm, momentum in zip(norms, momenta, strict=True):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._torch_ao import nni
+from ._torch_ao import nni, qconfig_equals
 from .errors import NotFrozenError, SpecError
 from .estimators import Estimator
 from .integer import IntegerConv2d, IntegerLinear, Quantize, Rescale
@@ -57,7 +57,26 @@ class QATLayer(nn.Module):
     def _adopt(self, source: nn.Module, bn: nn.Module | None, relu: bool, qconfig) -> None:
         """Take over parameters, BatchNorm and quantizers; the weight's range is set from the weight."""
         self.weight, self.bias = source.weight, source.bias
-        self.bn, self.relu, self.qconfig = bn, relu, qconfig
+        self.bn, self.relu = bn, relu
+        self._set_quantizers(qconfig)
+
+    @property
+    def qconfig(self):
+        return self.__dict__.get("_qconfig")
+
+    @qconfig.setter
+    def qconfig(self, qconfig) -> None:
+        """torch.ao resolves regular expressions after it has swapped the layer in, and sets the result here."""
+        self._qconfig = qconfig
+        if qconfig is not None and not qconfig_equals(self._built_from, qconfig):
+            self._set_quantizers(qconfig)
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        self._qconfig = None
+
+    def _set_quantizers(self, qconfig) -> None:
+        self._qconfig = self._built_from = qconfig
         weight_options = {"factory_kwargs": {"device": self.weight.device}}
         probe = qconfig.weight()
         if not isinstance(probe, Estimator):
@@ -139,6 +158,7 @@ class QATLayer(nn.Module):
         input_scale = self.input_fake_quant.step().to(torch.float64)
         codes, scale, bias = self.folded()
         coarsest = (bias.abs() / (input_scale * _MAX_BIAS)).clamp(min=torch.finfo(torch.float32).tiny * 256)
+        coarsest = torch.maximum(coarsest, coarsest.new_tensor(torch.finfo(torch.float32).tiny) / input_scale)
         coarse = scale < coarsest
         view = (-1, *[1] * (codes.ndim - 1))
         codes = torch.where(coarse.reshape(view), torch.round(codes * (scale / coarsest).reshape(view)), codes)

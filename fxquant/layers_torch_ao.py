@@ -21,6 +21,7 @@ class _ReferenceInput:
     @classmethod
     def from_float(cls, float_layer, weight_qparams):
         layer = super().from_float(float_layer, weight_qparams)
+        layer.__class__ = cls  # torch's Linear names its own class here
         layer.input_quantize = float_layer.input_quantize
         return layer
 
@@ -41,8 +42,6 @@ class ReferenceLinear(_ReferenceInput, nnqr.Linear):
 
 class _NativeInput:
     """Mixin: quint8 in, re-quantized to the layer's own width, then torch.ao's integer kernel."""
-
-    input_quantize = None
 
     @classmethod
     def from_reference(cls, reference, output_scale, output_zero_point):

@@ -13,6 +13,7 @@ from . import cost
 from ._torch_ao import QConfigMapping, deprecations_silenced, prepare_qat_fx
 from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecError
 from .estimators import Estimator
+from .grid import check_bits
 from .layers import QATLayer, check_padding
 from .qconfig import EDGE_OPERATORS, edge_qconfig, get_backend_config, get_qat_qconfig
 from .spec import RESIDUAL_BITS, Rule, get_backend, resolve_rules
@@ -86,6 +87,7 @@ def prepare(
         NonFiniteError, ConstantTensorError: weights or activations that have no range, with the layer.
     """
     get_backend(backend)
+    check_bits(residual_bits, "residual_bits")
     if not rules:
         raise SpecError("no rule was given, so no layer would be quantized; Rule('*', 4, 4) quantizes all of them")
     if example_inputs is None:
@@ -214,7 +216,7 @@ def _check_weight(name: str, weight: Tensor) -> None:
     if weight.numel() > 1 and weight.min() == weight.max():
         raise ConstantTensorError(
             f"the weight of layer {name!r} is {weight.flatten()[0].item():g} everywhere, so there is no range to "
-            "quantize; load trained weights, or keep the layer float with a rule of weight_bits=None"
+            "quantize; load trained weights, or keep the layer float with Rule(name, None, None)"
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import layers_torch_ao
+from . import grid, layers_torch_ao
 from ._torch_ao import (
     BackendConfig,
     BackendPatternConfig,
@@ -66,6 +66,7 @@ def get_qat_qconfig(
     """
     options = dict(options or {})
     Rule("*", weight_bits, activation_bits, estimator, per_channel, init, options)  # validates them all
+    grid.check_bits(residual_bits, "residual_bits")
     make = get_estimator(estimator)
     layer_input = make.with_args(bits=activation_bits, scheme="auto", init=init, **options)
     weight = make.with_args(bits=weight_bits, scheme="symmetric", init=init, per_channel=per_channel, **options)
@@ -90,6 +91,9 @@ def get_qat_qconfig_mapping(
 
         mapping = fxquant.get_qat_qconfig_mapping("nipq", weight_bits=4, activation_bits=4)
         mapping.set_module_name("conv1", fxquant.get_qat_qconfig("lsq", 8, 8))
+
+    ``set_object_type(nn.Linear, ...)`` must name ``nn.ReLU`` with the same QConfig where the two are fused: torch.ao
+    refuses to fuse what is configured differently.
     """
     return QConfigMapping().set_global(get_qat_qconfig(estimator, weight_bits, activation_bits, **options))
 

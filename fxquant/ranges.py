@@ -63,7 +63,7 @@ class RangeObserver:
         if self.is_constant():
             raise ConstantTensorError(
                 f"{what}: all values seen are {self.low.min().item():g}, so there is no range to quantize. Calibrate "
-                "with real data, or keep this layer in float with a rule such as Rule(name, weight_bits=None)"
+                "with real data, or keep this layer in float with a rule such as Rule(name, None, None)"
             )
 
     def range(self, method: str, bits: int, scheme: str, percentile: float) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,12 +70,12 @@ class Rule:
     def keeps_float(self) -> bool:
         return self.weight_bits is None
 
-    def matches(self, layer: str, position: str = "") -> bool:
-        """Whether the rule is for the layer of that name; ``position`` is ``first``, ``last`` or empty."""
+    def matches(self, layer: str, positions: Sequence[str] = ()) -> bool:
+        """Whether the rule is for the layer of that name; ``positions`` may hold ``first`` and ``last``."""
         if self.pattern.startswith("re:"):
             return re.fullmatch(self.pattern[3:], layer) is not None
         alternatives = self.pattern.split("|")
-        return (position != "" and position in alternatives) or any(
+        return any(position in alternatives for position in positions) or any(
             fnmatch.fnmatchcase(layer, glob) for glob in alternatives
         )
 
@@ -86,12 +86,14 @@ def resolve_rules(rules: list[Rule], layers: list[str]) -> dict[str, Rule | None
     Raises:
         RuleError: where a rule matches no layer at all, with the nearest layer names.
     """
-    positions = {layers[-1]: "last", layers[0]: "first"} if layers else {}
+    positions: dict[str, tuple[str, ...]] = {}
+    for position, layer in (("first", layers[0]), ("last", layers[-1])) if layers else ():
+        positions[layer] = (*positions.get(layer, ()), position)
     resolved = {
-        layer: next((rule for rule in rules if rule.matches(layer, positions.get(layer, ""))), None) for layer in layers
+        layer: next((rule for rule in rules if rule.matches(layer, positions.get(layer, ()))), None) for layer in layers
     }
     for rule in rules:
-        if not any(rule.matches(layer, positions.get(layer, "")) for layer in layers):
+        if not any(rule.matches(layer, positions.get(layer, ())) for layer in layers):
             raise RuleError(
                 f"rule {rule.pattern!r} matches no quantizable layer (Conv2d or Linear) of this model; "
                 + did_you_mean(rule.pattern, layers)

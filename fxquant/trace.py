@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from .errors import TraceError
 
@@ -71,6 +72,10 @@ def _make_activations_pure(model: nn.Module) -> None:
 def _make_arithmetic_pure(traced: fx.GraphModule) -> None:
     """``x += shortcut`` to ``x + shortcut`` (timm's ResNets): torch.ao quantizes the pure operator only."""
     for node in traced.graph.nodes:
+        if node.op == "call_method" and node.target in ("relu", "relu_"):
+            node.op, node.target = "call_function", F.relu
+        if node.op == "call_function" and node.target in (torch.relu, torch.relu_):
+            node.target = F.relu
         if node.op == "call_function" and node.target in _PURE:
             node.target = _PURE[node.target]
 

@@ -60,6 +60,7 @@ class Estimator(FakeQuantizeBase):
 
     name: ClassVar[str]
     can_learn_width: ClassVar[bool] = False
+    learns_zero_point: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -368,8 +369,8 @@ class Estimator(FakeQuantizeBase):
         self._frozen = bool(self.frozen)
         self._fake_quantize = bool(self.fake_quant_enabled)
         self._observe = bool(self.observer_enabled)
-        if self._one_sided and self.zero_fraction is not None:
-            self.zero_fraction.requires_grad_(False)  # the zero-point is 0: there is nothing to learn
+        if self.zero_fraction is not None and self.learns_zero_point:
+            self.zero_fraction.requires_grad_(not self._one_sided)  # the zero-point is 0: there is nothing to learn
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)

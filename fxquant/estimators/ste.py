@@ -11,6 +11,7 @@ class STE(LearnedStep):
     """True rounding forward; gradient 1 inside the range, 0 outside; the range never moves."""
 
     name = "ste"
+    learns_zero_point = False
 
     def __init__(self, bits: Bits = 8, **options):
         super().__init__(bits, **options)
