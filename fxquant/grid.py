@@ -107,12 +107,17 @@ class FakeQuantizeFunction(torch.autograd.Function):
       ``1/sqrt(12)``, the standard deviation of uniform rounding noise (GDNSQ, arXiv 2508.14004).
     * to ``z``: ``-s * g`` summed over the elements outside (inside, z cancels).
 
+    Where ``replaced`` is given and False, an element stays the real number it is, clamped to the range: its gradient
+    is ``g`` inside and that of any clipped element outside (PEGE, arXiv 2509.00097).
+
     On the binary grid ``q`` does not depend on ``s``, so t = q everywhere; the range of its two cells is
     ``|x| <= 2s`` and its residual is taken in steps of ``2s``.
     """
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max, binary, delta, noise_gradient, gradient_scale):
+    def forward(
+        ctx, x, scale, zero_point, quant_min, quant_max, binary, delta, noise_gradient, gradient_scale, replaced=None
+    ):
         if binary:
             q = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
             inside = x.abs() <= 2 * scale
@@ -124,20 +129,28 @@ class FakeQuantizeFunction(torch.autograd.Function):
             inside = q == unclamped
             levels = q - zero_point
             residual = torch.where(inside, levels - u, levels)
-        ctx.save_for_backward(residual, inside, scale, levels if binary else None)
+        out = levels * scale
+        step_term = levels if binary else None
+        if replaced is not None:
+            kept = inside & ~replaced
+            lowest, highest = (quant_min - zero_point) * scale, (quant_max - zero_point) * scale
+            out = torch.where(kept, x.clamp(lowest, highest), out)
+            residual = residual.masked_fill(kept, 0.0)
+            step_term = levels.masked_fill(kept, 0.0) if binary else None
+        ctx.save_for_backward(residual, inside, scale, step_term)
         ctx.zero_point_shape = zero_point.shape
         ctx.options = binary, delta, noise_gradient, gradient_scale
-        return levels * scale
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        residual, inside, scale, binary_levels = ctx.saved_tensors
+        residual, inside, scale, binary_term = ctx.saved_tensors
         binary, delta, noise_gradient, gradient_scale = ctx.options
         grad_x = grad_scale = grad_zero = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.where(inside, grad - delta * grad.abs() * residual if delta else grad, 0.0)
         if ctx.needs_input_grad[1]:
-            step_term = binary_levels if binary else residual
+            step_term = binary_term if binary else residual
             if noise_gradient and not binary:
                 sign = torch.randint(0, 2, residual.shape, device=residual.device, dtype=torch.int8)
                 noise = (sign.to(residual.dtype) * 2 - 1) * (12**-0.5)
@@ -145,7 +158,7 @@ class FakeQuantizeFunction(torch.autograd.Function):
             grad_scale = (grad * step_term).sum_to_size(scale.shape) * gradient_scale
         if ctx.needs_input_grad[2]:
             grad_zero = torch.where(inside, 0.0, -grad * scale).sum_to_size(ctx.zero_point_shape)
-        return grad_x, grad_scale, grad_zero, None, None, None, None, None, None
+        return grad_x, grad_scale, grad_zero, *[None] * 7
 
 
 class _RoundStraightThrough(torch.autograd.Function):

@@ -126,7 +126,7 @@ class QATLoss(nn.Module):
         for module in model.modules():
             if isinstance(module, Estimator) and module._initialized and not module._frozen:
                 kinds.setdefault(type(module), []).append(module)
-        terms = [kind.regularizer(members, self.mean_task_loss) for kind, members in kinds.items()]
+        terms = [kind.regularizer(members, self.mean_task_loss.clone()) for kind, members in kinds.items()]
         return sum((term for term in terms if term is not None), zero)
 
     def _track(self, loss: Tensor) -> None:

@@ -79,6 +79,8 @@ class RangeObserver:
         """
         rows = torch.cat(self._rows, 1)
         low, high = self.low.clamp(max=0), self.high.clamp(min=0)
+        if scheme == "one_sided":
+            low = torch.zeros_like(low)
         if scheme == "symmetric":
             high = torch.maximum(-low, high)
             low = -high
@@ -90,9 +92,8 @@ class RangeObserver:
                 high = torch.minimum(high, _quantile(rows.abs(), percentile / 100))
                 return -high, high
             tail = (100 - percentile) / 200
-            return torch.maximum(low, _quantile(rows, tail).clamp(max=0)), torch.minimum(
-                high, _quantile(rows, 1 - tail).clamp(min=0)
-            )
+            low = torch.maximum(low, _quantile(rows, tail).clamp(max=0))
+            return low, torch.minimum(high, _quantile(rows, 1 - tail).clamp(min=0))
         if method == "mse":
             shrink = _best_shrink(rows, low, high, bits, scheme)
             return low * shrink, high * shrink

@@ -399,7 +399,12 @@ class LearnedStep(Estimator):
         self._set_zero_fraction(low, high)
 
     def straight_through(
-        self, x: Tensor, delta: float = 0.0, noise_gradient: bool = False, gradient_scale: float = 1.0
+        self,
+        x: Tensor,
+        delta: float = 0.0,
+        noise_gradient: bool = False,
+        gradient_scale: float = 1.0,
+        replaced: Tensor | None = None,
     ) -> Tensor:
         """Quantize with the gradients of :class:`fxquant.grid.FakeQuantizeFunction`."""
         return grid.FakeQuantizeFunction.apply(
@@ -412,6 +417,7 @@ class LearnedStep(Estimator):
             delta,
             noise_gradient,
             gradient_scale,
+            replaced,
         )
 
     def step_gradient_scale(self, x: Tensor) -> float:

@@ -96,6 +96,7 @@ class GDNSQ(LearnedStep):
         if not self.learns_width:
             return super().scale()
         lowest = (self.bits if isinstance(self.bits, int) else self.bits[0]) - 2 * _MARGIN
+        lowest = max(lowest, 2 - 2 * _MARGIN) if self.scheme == "symmetric" else lowest  # below, the grid is binary
         steps = 2 ** (lowest - 1) - 1 if self.scheme == "symmetric" else 2**lowest - 1
         return torch.exp2(torch.minimum(self.log2_scale, torch.log2(self._extent().detach() / steps)))
 
@@ -160,7 +161,8 @@ class GDNSQ(LearnedStep):
         if self.learns_width and self.scheme == "symmetric":
             with torch.no_grad():
                 kept = x.abs().amax() if self.axis is None else x.abs().transpose(0, self.axis).flatten(1).amax(1)
-                self.weight_range.copy_(torch.where(kept > 0, kept, self.weight_range))
+                # A new tensor: the graph of an earlier forward may still need the old one.
+                self.weight_range = torch.where(kept > 0, kept, self.weight_range)
         return super().forward(x)
 
     def train_forward(self, x: Tensor) -> Tensor:
@@ -170,6 +172,11 @@ class GDNSQ(LearnedStep):
             low, high = (self._viewed(end, x) for end in self.range())
             x = torch.clamp(x, low, high)  # the range learns from what it cuts off
         return self.straight_through(x, noise_gradient=self.noise_gradient)
+
+    def _quantize(self, x: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+        if self.learns_width and self.scheme != "symmetric":
+            x = torch.clamp(x, *(self._viewed(end, x) for end in self.range()))  # as in training
+        return super()._quantize(x, step, zero)
 
     def _initialize(self, observer) -> None:
         # While the width is being squeezed the range is min-max: nothing is clipped until it is learned.

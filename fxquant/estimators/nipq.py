@@ -160,7 +160,9 @@ class NoiseProxyFunction(torch.autograd.Function):
             inside = (u >= quant_min - zero_point) & (u <= quant_max - zero_point)
             noise = rounded - u
         if sampler is not None:
-            noise = _draw(noise, sampler)
+            # What is clipped lends no noise. Above one bit the residual of its own, unclamped rounding stands in.
+            pool = noise[inside] if binary else noise
+            noise = _draw(pool, sampler, x.shape) if pool.numel() else torch.zeros_like(x)
             out = torch.where(inside, x + noise * scale, level * scale)
         else:
             out = level * scale
@@ -181,15 +183,15 @@ class NoiseProxyFunction(torch.autograd.Function):
         return grad_inside, grad_scale, grad_alpha, grad_zero, None, None, None, None
 
 
-def _draw(residual: Tensor, sampler: str) -> Tensor:
-    """Noise of ``residual``'s shape, drawn from the distribution of its own values."""
+def _draw(residual: Tensor, sampler: str, shape: torch.Size) -> Tensor:
+    """Noise of that shape, drawn from the distribution of the values of ``residual``."""
     flat = residual.flatten()
     if sampler == "bootstrap":
-        return flat[torch.randint(flat.numel(), flat.shape, device=flat.device)].view_as(residual)
+        return flat[torch.randint(flat.numel(), shape, device=flat.device)]
     half = max(float(flat.abs().max()), 1e-12)
     bins = 256
     index = ((flat + half) * (bins / (2 * half))).long().clamp_(0, bins - 1)
     counts = torch.bincount(index, minlength=bins).to(torch.float32)
-    drawn = torch.multinomial(counts, flat.numel(), replacement=True)
-    jittered = (drawn + torch.rand_like(flat)) * (2 * half / bins) - half
-    return jittered.view_as(residual)
+    drawn = torch.multinomial(counts, shape.numel(), replacement=True)
+    jittered = (drawn + torch.rand(shape.numel(), device=flat.device)) * (2 * half / bins) - half
+    return jittered.view(shape)

@@ -67,12 +67,8 @@ class PEGE(LearnedStep):
     def train_forward(self, x: Tensor) -> Tensor:
         if self.weight:
             self._error = self.discretization_error(x)
-        quantized = self.straight_through(x, delta=self.delta, gradient_scale=self.step_gradient_scale(x))
-        if self.replaced >= 1:
-            return quantized
-        low, high = (self._viewed(end, x) for end in self.range())
-        mask = torch.rand_like(x) < self.replaced
-        return torch.where(mask, quantized, x.clamp(low, high))
+        mask = torch.rand_like(x) < self.replaced if self.replaced < 1 else None
+        return self.straight_through(x, delta=self.delta, gradient_scale=self.step_gradient_scale(x), replaced=mask)
 
     def discretization_error(self, x: Tensor) -> Tensor:
         """``mean(((x - Q(x))/Δ)²)``, a scalar; differentiable in x, with Δ held (a larger step is no cure)."""

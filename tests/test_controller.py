@@ -1,0 +1,262 @@
+"""Controller: phases, what it writes to the estimators, resuming; and the optimizer's parameter groups."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant import Budget, Controller, Rule, cost, param_groups
+from fxquant._torch_ao import deprecations_silenced, prepare_qat_fx
+from fxquant.errors import CheckpointError, SpecError
+from fxquant.estimators import ESTIMATORS, GDNSQ, NIPQ, PEGE, Estimator
+from tests.models import TinyMobile, TinyResidual
+
+from .estimators import rederived
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 3, 16, 16)
+
+
+def prepared(images, estimator="nipq", bits=(2, 8), model=TinyResidual, **options):
+    rules = [Rule("*", bits, bits, estimator=estimator, options=options)]
+    return fxquant.prepare(model(), rules, calibration=[images]).train()
+
+
+def members(model, cls):
+    found = [m for m in model.modules() if isinstance(m, cls)]
+    assert found
+    return found
+
+
+# ---- phases ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("total", "finetune", "begins"), [(8, 0.25, 6), (10, 0.5, 5), (10, 0.0, 10), (1, 0.25, 1), (4, 0.9, 0)]
+)
+def test_phases(images, total, finetune, begins):
+    """The last share of the steps; without one, widths are whole when training ends."""
+    controller = Controller(prepared(images), total, finetune=finetune)
+    phases = [controller.phase]
+    for _ in range(total):
+        controller.step()
+        phases.append(controller.phase)
+    assert phases == ["train"] * begins + ["finetune"] * (total + 1 - begins)
+
+
+def test_finetune_fixes_widths_and_ends_the_noise(images):
+    """Exactly at its first step; from then on a training forward is the eval forward."""
+    model = prepared(images)
+    controller = Controller(model, 8, budget=Budget(mean_weight_bits=4.0, mean_activation_bits=5.0))
+    with torch.no_grad():
+        for _ in range(5):
+            controller.step()
+        assert all(e.noise and e.learns_width for e in members(model, NIPQ))
+        assert not torch.equal(model(images), model(images))
+        controller.step()
+        assert not any(e.noise or e.learns_width for e in members(model, NIPQ))
+        for estimator in members(model, NIPQ):
+            x = torch.randn(estimator.channels, 50).abs()
+            assert torch.equal(estimator.train()(x), estimator.eval()(x))
+    layers, costs = cost.qat_layers(model), model.meta["fxquant"].costs
+    assert float(cost.mean_weight_bits(layers, costs)) <= 4.0
+    assert float(cost.mean_activation_bits(layers, costs)) <= 5.0
+    assert all(float(e.bit_width()).is_integer() for e in members(model, NIPQ))
+
+
+def test_whole_widths_lose_their_noise_too(images):
+    model = prepared(images, bits=4)
+    controller = Controller(model, 4)
+    for _ in range(3):
+        controller.step()
+    assert not any(e.noise for e in members(model, NIPQ))
+
+
+def test_finetune_learns_what_will_ship(images):
+    """Weights and ranges go on learning in finetune; widths do not."""
+    model = prepared(images)
+    controller = Controller(model, 4)
+    for _ in range(3):
+        controller.step()
+    model(images).square().sum().backward()
+    for layer in cost.qat_layers(model).values():
+        assert layer.weight.grad.any()
+        assert layer.weight_fake_quant.raw_range.grad.any()
+        assert layer.weight_fake_quant.raw_width.grad is None
+
+
+def test_an_unreachable_budget(images):
+    controller = Controller(prepared(images), 4, budget=Budget(mean_weight_bits=1.5))
+    controller.step()
+    controller.step()
+    with pytest.raises(SpecError, match=r"budget mean_weight_bits=1\.5 was asked for"):
+        controller.step()
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_refused_steps(images, steps):
+    with pytest.raises(SpecError, match=f"total_steps={steps}"):
+        Controller(nn.Identity(), steps)
+
+
+@pytest.mark.parametrize("finetune", [1.0, -0.1, float("nan")])
+def test_refused_finetune(finetune):
+    with pytest.raises(SpecError, match="finetune="):
+        Controller(nn.Identity(), 5, finetune=finetune)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_on_torch_aos_own_prepare(images, estimator):
+    """Its model has no budget and no record of ours, but the same phases."""
+    with deprecations_silenced():
+        mapping = fxquant.get_qat_qconfig_mapping(estimator, 4, 4)
+        config = fxquant.get_backend_config()
+        model = prepare_qat_fx(TinyResidual().train(), mapping, (images,), backend_config=config)
+    model(images)
+    controller = Controller(model, 4)
+    for _ in range(4):
+        controller.step()
+    assert controller.phase == "finetune"
+    assert all(e.settled for e in members(model, ESTIMATORS[estimator]))
+
+
+# ---- schedules -------------------------------------------------------------------------------------------
+
+
+def test_pege_curriculum(images):
+    """p(t) over the estimator's share of the train phase, written at every step; the same for all."""
+    model = prepared(images, "pege", 3, kappa=5.0, curriculum=0.5)
+    controller, seen = Controller(model, 40, finetune=0.5), []
+    for _ in range(40):
+        (value,) = {e.replaced for e in members(model, PEGE)}
+        seen.append(value)
+        controller.step()
+    assert seen == pytest.approx([rederived.pege_curriculum(t, 5.0, 10) for t in range(40)], abs=1e-12)
+
+
+def test_gdnsq_temperature(images):
+    """0 in warm-up, then linear up to the end of the train phase."""
+    model = prepared(images, "gdnsq", 4, warmup=0.25, temperature=6.0)
+    controller, seen = Controller(model, 16, finetune=0.25), []
+    for _ in range(16):
+        (value,) = {e.temperature for e in members(model, GDNSQ)}
+        seen.append(value)
+        controller.step()
+    assert seen == pytest.approx([0, 0, 0] + [6.0 * min(t / 9, 1) for t in range(13)])
+    assert not any(e.learns_width for e in members(model, GDNSQ))
+    assert all(e.whole_bits == 4 for e in members(model, GDNSQ))
+
+
+# ---- resuming --------------------------------------------------------------------------------------------
+
+
+def train(model, controller, optimizer, images, steps):
+    trace = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(images).square().mean()
+        loss.backward()
+        optimizer.step()
+        controller.step()
+        trace.append((loss.item(), controller.phase))
+    return trace
+
+
+@pytest.mark.parametrize(
+    ("estimator", "stop"), [("nipq", 2), ("nipq", 6), ("nipq", 7), ("gdnsq", 2), ("gdnsq", 6), ("pege", 2)]
+)
+def test_resume_continues_identically(images, estimator, stop):
+    """Interrupted in training, at the change of phase, or after it, and resumed in fresh objects."""
+    bits = 4 if estimator == "pege" else (2, 6)
+    build = {"estimator": estimator, "bits": bits}
+
+    def fresh():
+        torch.manual_seed(7)
+        model = prepared(images, **build)
+        return model, Controller(model, 8), torch.optim.Adam(model.parameters(), lr=1e-2)
+
+    model, controller, optimizer = fresh()
+    train(model, controller, optimizer, images, stop)
+    saved = copy.deepcopy((model.state_dict(), controller.state_dict(), optimizer.state_dict()))
+    torch.manual_seed(11)
+    straight = train(model, controller, optimizer, images, 8 - stop)
+
+    resumed_model, resumed_controller, resumed_optimizer = fresh()
+    resumed_model.load_state_dict(saved[0], strict=True)
+    resumed_controller.load_state_dict(saved[1])
+    resumed_optimizer.load_state_dict(saved[2])
+    torch.manual_seed(11)
+    assert train(resumed_model, resumed_controller, resumed_optimizer, images, 8 - stop) == straight
+    for name, value in model.state_dict().items():
+        assert torch.equal(resumed_model.state_dict()[name], value), name
+
+
+def test_state_is_plain_numbers(images):
+    state = Controller(prepared(images), 8).state_dict()
+    assert {type(value) for value in state.values()} <= {int, bool, float}
+
+
+def test_schedules_are_applied_on_load(images):
+    """A curriculum is where it was right after loading, before another step."""
+    model = prepared(images, "pege", 3)
+    controller = Controller(model, 20)
+    for _ in range(4):
+        controller.step()
+    other = prepared(images, "pege", 3)
+    resumed = Controller(other, 20)
+    assert {e.replaced for e in members(other, PEGE)} == {0.0}
+    resumed.load_state_dict(controller.state_dict())
+    assert {e.replaced for e in members(other, PEGE)} == {e.replaced for e in members(model, PEGE)} != {0.0}
+
+
+def test_state_of_another_length(images):
+    state = Controller(prepared(images), 8).state_dict()
+    with pytest.raises(CheckpointError, match="of a training of 8 steps, this one has 9"):
+        Controller(prepared(images), 9).load_state_dict(state)
+
+
+# ---- parameter groups ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("network", [TinyResidual, TinyMobile])
+def test_param_groups(images, estimator, network):
+    """Every trainable parameter in one group, and no other; decay on weights alone."""
+    model = prepared(images, estimator, 4, network)
+    groups = param_groups(model, 0.1, quantizer_lr=0.01, weight_decay=1e-4)
+    names = {id(p): n for n, p in model.named_parameters()}
+    grouped = [names[id(p)] for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+    quantizers = {id(p) for m in model.modules() if isinstance(m, Estimator) for p in m.parameters() if p.requires_grad}
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    biases = {id(p) for n, p in model.named_parameters() if n.endswith(".bias")}
+    by_name = {group["name"]: {id(p) for p in group["params"]} for group in groups}
+    assert by_name["norms"] == norms | biases
+    assert by_name.get("quantizers", set()) == quantizers
+    assert quantizers  # even STE's model has edges that learn
+    assert {group["name"]: (group["lr"], group["weight_decay"]) for group in groups} == {
+        "weights": (0.1, 1e-4),
+        "norms": (0.1, 0.0),
+        "quantizers": (0.01, 0.0),
+    }
+
+
+def test_quantizers_learn_at_the_common_rate_by_default(images):
+    groups = param_groups(prepared(images), 0.3)
+    assert {group["lr"] for group in groups} == {0.3}
+    torch.optim.SGD(groups, lr=0.3, momentum=0.9)  # any optimizer takes them
+
+
+def test_no_empty_group():
+    """Some optimizers and schedulers refuse them."""
+    groups = param_groups(nn.Linear(3, 2, bias=False), 0.1)
+    assert [group["name"] for group in groups] == ["weights"]
+    model = nn.Linear(3, 2)
+    model.weight.requires_grad_(False)
+    assert [group["name"] for group in param_groups(model, 0.1)] == ["norms"]
