@@ -26,6 +26,8 @@ try:
         get_native_backend_config,
     )
     from torch.ao.quantization.fx import _lower_to_native_backend
+    from torch.ao.quantization.fx.fuse import fuse
+    from torch.ao.quantization.fx.prepare import prepare as insert_quantizers
     from torch.ao.quantization.qconfig import qconfig_equals
     from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_qat_fx
 
@@ -57,9 +59,22 @@ __all__ = [
     "nniq",
     "nnq",
     "nnqr",
+    "prepare_captured",
     "prepare_qat_fx",
     "qconfig_equals",
 ]
+
+
+def prepare_captured(
+    model: torch.fx.GraphModule, mapping: QConfigMapping, example_inputs: tuple, backend_config: BackendConfig
+) -> torch.fx.GraphModule:
+    """``prepare_qat_fx`` for a graph that is captured already: the same steps, without tracing it once more.
+
+    Tracing again would enter the modules that were kept opaque, and fails on what only real values can capture.
+    """
+    fused = fuse(model, True, backend_config=backend_config)
+    scopes = {node.name: ("", type(None)) for node in fused.graph.nodes}
+    return insert_quantizers(fused, mapping, True, scopes, example_inputs, backend_config=backend_config)
 
 
 @contextlib.contextmanager

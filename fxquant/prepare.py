@@ -10,14 +10,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from . import cost
-from ._torch_ao import QConfigMapping, deprecations_silenced, prepare_qat_fx
+from ._torch_ao import QConfigMapping, deprecations_silenced, prepare_captured
 from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecError
 from .estimators import Estimator
 from .grid import check_bits
 from .layers import QATLayer, check_padding
 from .qconfig import EDGE_OPERATORS, edge_qconfig, get_backend_config, get_qat_qconfig
 from .spec import RESIDUAL_BITS, Rule, get_backend, resolve_rules
-from .trace import trace
+from .trace import OPAQUE, trace
 
 # A squeeze needs the penalty of QATLoss, which plain torch.ao use does not have: only prepare() starts one.
 _GRADUAL = {"gdnsq": {"initial_bits": 10.0}}
@@ -30,12 +30,14 @@ class PreparedInfo:
     Attributes:
         backend: name of the backend the graph was built for.
         rules: the rule each quantizable layer got, by name; ``None`` stays float.
+        opaque: submodules that could not be captured and stay float, with the reason.
         costs: sizes of each quantized layer for one image.
         calibration: the loader given to prepare(), which freeze() re-estimates BatchNorm from.
     """
 
     backend: str
     rules: dict[str, Rule | None]
+    opaque: dict[str, str] = field(default_factory=dict)
     costs: dict[str, cost.LayerCost] = field(default_factory=dict)
     calibration: Iterable | None = None
 
@@ -82,7 +84,7 @@ def prepare(
         UnknownNameError: unknown backend.
         SpecError: no rule, no layer, nothing to trace with, or a padding that integer kernels lack.
         RuleError: a rule that matches no layer.
-        TraceError: a model that cannot be captured.
+        TraceError: a model that cannot be captured (a submodule that cannot stays float, as one call).
         EmptyDataError: a calibration iterable without a batch.
         NonFiniteError, ConstantTensorError: weights or activations that have no range, with the layer.
     """
@@ -109,13 +111,16 @@ def prepare(
     mapping = QConfigMapping().set_global(edge_qconfig(residual_bits))
     for name, rule in resolved.items():
         mapping.set_module_name(name, _qconfig_of(rule, residual_bits))
+    opaque = traced.meta[OPAQUE]
+    for name in opaque:
+        mapping.set_module_name(name, None)
     with deprecations_silenced():
-        prepared = prepare_qat_fx(traced.train(), mapping, example_inputs, backend_config=get_backend_config(backend))
+        prepared = prepare_captured(traced.train(), mapping, example_inputs, get_backend_config(backend))
     _place_edges(prepared)
     for name, module in prepared.named_modules():
         if isinstance(module, Estimator):
             module.where = name
-    info = PreparedInfo(backend, resolved, calibration=calibration)
+    info = PreparedInfo(backend, resolved, opaque, calibration=calibration)
     prepared.meta["fxquant"] = info
     if calibration is not None:
         calibrate(prepared, calibration)

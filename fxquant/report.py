@@ -37,6 +37,7 @@ def layer_rows(model: fx.GraphModule) -> list[dict]:
                 "rule": rule.pattern,
             }
         )
+    rows += [{"layer": name, "kind": "float", "rule": f"not captured: {why}"} for name, why in info.opaque.items()]
     return rows
 
 

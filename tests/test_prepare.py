@@ -278,7 +278,22 @@ def test_a_model_without_layers_is_refused():
 
 
 def test_a_model_that_cannot_be_captured_is_refused():
-    refused(TraceError, r"submodule 'block\.1' of Branching .* at .*test_trace\.py:\d+: if x\.sum\(\) > 0", Branching())
+    class Root(TinyResidual):
+        def forward(self, x):
+            return super().forward(x) if x.mean() > 9 else super().forward(-x)
+
+    refused(
+        TraceError, r"Root cannot be captured as a graph, at .*test_prepare\.py:\d+: return .* if x\.mean\(\)", Root()
+    )
+
+
+def test_a_submodule_that_cannot_be_captured_stays_float():
+    x = images()
+    model = fq.prepare(Branching(), [Rule("*", 4, 4)], calibration=[x])
+    (reason,) = model.meta["fxquant"].opaque.values()
+    assert "if x.sum() > 0" in reason
+    fq.freeze(model)
+    assert torch.equal(model(x), fq.convert(model)(x))
 
 
 def test_a_model_that_returns_a_tuple_is_refused():
