@@ -83,8 +83,9 @@ def test_learned_widths_move_and_end_inside_the_budget(tmp_path):
     widths = [layer[kind] for layer in result["layers"] for kind in ("weight_bits", "activation_bits")]
     assert all(width == int(width) and 2 <= width <= 8 for width in widths)
     assert len(set(widths)) >= 3, "widths of 32 quantizers ended alike"
-    assert 3.92 <= result["mean_weight_bits"] <= 4
-    assert 3.92 <= result["mean_activation_bits"] <= 4
+    # One bit of the largest layer is 0.44 of the mean: the rest of a budget that whole widths may leave unused.
+    assert 4 - 0.44 <= result["mean_weight_bits"] <= 4
+    assert 4 - 0.44 <= result["mean_activation_bits"] <= 4
 
 
 def test_diverging_training_says_where(tmp_path):

@@ -9,12 +9,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import fxquant
 from fxquant.estimators import ESTIMATORS
 from tests.models import TinyResidual
+
+from . import rederived
 
 WIDTHS = range(1, 9)
 SCHEMES = ("symmetric", "affine", "one_sided")
@@ -129,6 +131,24 @@ def test_grid(variant, bits, scheme, granularity, x, axis, init):
     if not variant.startswith("gdnsq_"):
         assert torch.equal(out, frozen)
     assert torch.equal(estimator.train()(x), frozen)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@settings(max_examples=12)
+@given(x=tensors(), bits=st.integers(1, 8))
+def test_first_range_is_that_of_the_table(name, scheme, x, bits):
+    """After min-max calibration, step and zero-point are those of the grid on [min, max] widened to 0."""
+    x = x.abs() if scheme == "one_sided" else x
+    assume(x.any())
+    estimator = calibrated(name, bits, scheme, "tensor", x, 0)
+    low, high = rederived.double(x.min().clamp(max=0)), rederived.double(x.max().clamp(min=0))
+    if scheme == "symmetric":
+        high = torch.maximum(-low, high)
+    step, _ = rederived.step_of_range(low, high, bits, scheme)
+    scale, zero = estimator.calculate_qparams()
+    torch.testing.assert_close(rederived.double(scale), step.reshape(1), rtol=1e-5, atol=0)
+    assert abs(float(zero) + (float(low / step) if scheme == "affine" else 0)) <= 0.5 + 1e-4
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

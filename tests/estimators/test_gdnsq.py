@@ -164,13 +164,21 @@ def test_gradients_on_the_whole_grid(scheme, bits, axis):
     )
 
 
-def test_ends_while_squeezed():
-    """At a width that is not whole, both ends of the range are levels: of [-1.4, 2.4] at a step of 1, -1 and 2."""
-    estimator = GDNSQ(2, scheme="affine", initial_bits=math.log2(4.8))
-    estimator.initialize_from(torch.tensor([-1.4, 2.4]))
-    x = torch.tensor([-9.0, 0.0, 9.0])
-    assert estimator.train()(x).tolist() == pytest.approx([-1, 0, 2], abs=1e-5)
-    assert estimator.eval()(x).tolist() == pytest.approx([-1, 0, 2], abs=1e-5)
+@pytest.mark.parametrize(("end", "levels"), [((-1.4, 2.4), (-1, 2)), ((-1.7, 1.7), (-2, 2)), ((-2.4, 1.4), (-2, 1))])
+def test_ends_while_squeezed(end, levels):
+    """At a width that is not whole, at a step of 1: both ends round to a level, in training and in eval alike.
+
+    What is cut off at either end teaches the range.
+    """
+    estimator = GDNSQ(2, scheme="affine", initial_bits=math.log2(end[1] - end[0] + 1))
+    estimator.initialize_from(torch.tensor(end))
+    for x, level in zip((-9.0, 9.0), levels, strict=True):
+        assert estimator.eval()(torch.tensor([x])).tolist() == pytest.approx([level], abs=1e-5)
+        estimator.log2_range.grad = None
+        out = estimator.train()(torch.tensor([x]))
+        assert out.tolist() == pytest.approx([level], abs=1e-5)
+        out.backward()
+        assert estimator.log2_range.grad.item() * x > 0
 
 
 # ---- penalty ---------------------------------------------------------------------------------------------
