@@ -229,7 +229,8 @@ class Estimator(FakeQuantizeBase):
         if self._frozen:
             return
         if self.learns_width:
-            self.fix_width(int(self.bit_width().detach().max().round().clamp(grid.MIN_BITS, grid.MAX_BITS)))
+            lowest, highest = self.bits if isinstance(self.bits, tuple) else (self.bits, self.bits)
+            self.fix_width(int(self.bit_width().detach().max().round().clamp(lowest, highest)))
         with torch.no_grad():
             self.frozen_scale.copy_(self.scale())
             self.frozen_zero_point.copy_(self.zero_point())

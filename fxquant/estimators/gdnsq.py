@@ -118,7 +118,7 @@ class GDNSQ(LearnedStep):
     def quant_max(self) -> int:
         if self.learns_width:
             with torch.no_grad():
-                return int(torch.round(self._extent() / self.scale()).max())
+                return int((torch.round(self.range()[1] / self.scale()) + self.zero_point()).max())
         return super().quant_max
 
     def _extent(self) -> Tensor:

@@ -313,3 +313,11 @@ def test_squeeze(weight_bits, activation_bits, scheme, optimizer):
 def test_refused_options(options, message):
     with pytest.raises(SpecError, match=message):
         GDNSQ(4, **options)
+
+
+@pytest.mark.parametrize(("bits", "whole"), [(4, 4), ((2, 5), 5)])
+def test_freezing_in_the_middle_of_a_squeeze_takes_the_target(bits, whole):
+    estimator = GDNSQ(bits, scheme="affine", initial_bits=10.0)
+    estimator.initialize_from(torch.linspace(-1, 3, 50))
+    estimator.freeze()
+    assert estimator.whole_bits == whole
