@@ -103,8 +103,9 @@ class FakeQuantizeFunction(torch.autograd.Function):
       straight-through estimator, ``delta > 0`` the element-wise scaling of EWGS (CVPR 2021, arXiv 2104.00903,
       equation 6).
     * to ``s``: ``gradient_scale * sum(g * t)`` with ``t = r`` inside and ``q - z`` outside (LSQ, arXiv 1902.08153,
-      equation 3; "inside" is whatever rounds to a code, half a step beyond the ends included). With ``noise_gradient`` the residual inside is replaced by a random sign times
-      ``1/sqrt(12)``, the standard deviation of uniform rounding noise (GDNSQ, arXiv 2508.14004).
+      equation 3; "inside" is whatever rounds to a code, half a step beyond the ends included). With
+      ``noise_gradient`` the residual inside is replaced by a random sign times ``1/sqrt(12)``, the standard
+      deviation of uniform rounding noise (GDNSQ, arXiv 2508.14004).
     * to ``z``: ``-s * g`` summed over the elements outside (inside, z cancels).
 
     Where ``replaced`` is given and False, an element stays the real number it is, clamped to the range: its gradient
