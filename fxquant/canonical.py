@@ -85,6 +85,8 @@ def split_batch_norm_act(traced: fx.GraphModule) -> None:
         for part in (getattr(module, "drop", None), module.act):
             if part is None or isinstance(part, nn.Identity):
                 continue
+            if hasattr(part, "inplace"):
+                part.inplace = False  # it overwrote BatchNorm's result, which may be a node that others read now
             name = _fresh(traced, f"{node.target}_act")
             traced.add_submodule(name, part)
             with traced.graph.inserting_after(after):

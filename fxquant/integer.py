@@ -57,17 +57,24 @@ class Dequantize(nn.Module):
         return grid.dequantize(q, self.scale, self.zero_point)
 
 
-class Rescale(nn.Module):
-    """int32 sums -> float32, ``sum * (s_x * s_w)`` per output channel; optionally followed by ReLU."""
+def activate(x: Tensor, relu: bool, ceiling: float | None) -> Tensor:
+    """Nothing, ReLU, or ReLU cut at ``ceiling``."""
+    if not relu:
+        return x
+    return F.relu(x) if ceiling is None else x.clamp(0, ceiling)
 
-    def __init__(self, scale: Tensor, channel_axis: int, relu: bool):
+
+class Rescale(nn.Module):
+    """int32 sums -> float32, ``sum * (s_x * s_w)`` per output channel; optionally ReLU, cut at ``ceiling`` (ReLU6)."""
+
+    def __init__(self, scale: Tensor, channel_axis: int, relu: bool, ceiling: float | None = None):
         super().__init__()
         self.register_buffer("scale", scale.detach().clone())
-        self.channel_axis, self.relu = channel_axis, relu
+        self.channel_axis, self.relu, self.ceiling = channel_axis, relu, ceiling
 
     def forward(self, sums: Tensor) -> Tensor:
         out = sums.to(torch.float32) * grid.channel_view(self.scale, sums.ndim, self.channel_axis)
-        return F.relu(out) if self.relu else out
+        return activate(out, self.relu, self.ceiling)
 
 
 class _IntegerLayer(nn.Module):

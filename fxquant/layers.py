@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ._torch_ao import nni, qconfig_equals
 from .errors import NotFrozenError, SpecError
 from .estimators import Estimator
-from .integer import IntegerConv2d, IntegerLinear, Quantize, Rescale
+from .integer import IntegerConv2d, IntegerLinear, Quantize, Rescale, activate
 
 # An int32 bias beyond this many steps would push sums out of float32's integers; only channels whose folded
 # scale has all but vanished (gamma near 0) get there, and those are given a coarser scale instead.
@@ -33,6 +33,10 @@ class ConvReLU2d(nni.ConvReLU2d):
 
 class LinearReLU(nni.LinearReLU):
     """What a frozen layer with ReLU hands to torch.ao's own convert."""
+
+
+class ConvReLU6(nni._FusedModule):
+    """Conv2d, BatchNorm2d (or not) and ReLU6, as torch.ao's fusion hands them to :class:`QATConv2d`."""
 
 
 class IntegerForm(NamedTuple):
@@ -52,13 +56,18 @@ class QATLayer(nn.Module):
     bias: nn.Parameter | None
     bn: nn.BatchNorm2d | None
     relu: bool
+    ceiling: float | None
     _channel_axis: int
 
-    def _adopt(self, source: nn.Module, bn: nn.Module | None, relu: bool, qconfig) -> None:
-        """Take over parameters, BatchNorm and quantizers; the weight's range is set from the weight."""
-        self.weight, self.bias = source.weight, source.bias
-        self.bn, self.relu = bn, relu
-        self._set_quantizers(qconfig)
+    def _adopt(self, module: nn.Module) -> None:
+        """Take over parameters, BatchNorm and activation; the weight's range is set from the weight."""
+        layer, rest = (module[0], list(module)[1:]) if isinstance(module, nni._FusedModule) else (module, [])
+        self.weight, self.bias = layer.weight, layer.bias
+        self.bn = next((m for m in rest if isinstance(m, nn.BatchNorm2d)), None)
+        self.relu = any(isinstance(m, (nn.ReLU, nn.ReLU6)) for m in rest)
+        self.ceiling = 6.0 if any(isinstance(m, nn.ReLU6) for m in rest) else None
+        self._set_quantizers(module.qconfig)
+        self.train(module.training)
 
     @property
     def qconfig(self):
@@ -104,7 +113,7 @@ class QATLayer(nn.Module):
         out = self._compute(x, self.weight_fake_quant(self.weight))
         if self.bn is not None:
             out = self.bn(out)
-        return F.relu(out) if self.relu else out
+        return activate(out, self.relu, self.ceiling)
 
     def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
         raise NotImplementedError
@@ -177,7 +186,7 @@ class QATLayer(nn.Module):
             self._integer = IntegerForm(
                 Quantize(scale, zero, *bounds),
                 self._integer_layer(codes, bias, zero, bounds),
-                Rescale(sum_scale, self._channel_axis, self.relu),
+                Rescale(sum_scale, self._channel_axis, self.relu, self.ceiling),
             )
         return self._integer
 
@@ -224,28 +233,19 @@ class QATLayer(nn.Module):
         self._integer = None
 
 
-def _parts(module: nn.Module) -> tuple[nn.Module, nn.Module | None, bool]:
-    """A layer, or one of torch.ao's fused pairs and triples, as (layer, BatchNorm or None, has ReLU)."""
-    if not isinstance(module, nni._FusedModule):
-        return module, None, False
-    layer, *rest = module.children()
-    bn = next((m for m in rest if isinstance(m, nn.BatchNorm2d)), None)
-    return layer, bn, any(isinstance(m, nn.ReLU) for m in rest)
-
-
 class QATConv2d(QATLayer, nn.Conv2d):
-    """Conv2d [N, C, H, W] with input and weight quantizers, optional BatchNorm2d and ReLU."""
+    """Conv2d [N, C, H, W] with input and weight quantizers, optional BatchNorm2d and ReLU or ReLU6."""
 
     _channel_axis = 1
 
     @classmethod
     def from_float(cls, module: nn.Module, use_precomputed_fake_quant: bool = False) -> QATConv2d:
-        """From an ``nn.Conv2d``, or torch.ao's ConvBn2d, ConvReLU2d, ConvBnReLU2d, with a ``qconfig``."""
-        conv, bn, relu = _parts(module)
+        """From an ``nn.Conv2d``, torch.ao's ConvBn2d, ConvReLU2d, ConvBnReLU2d or our ConvReLU6, with a ``qconfig``."""
+        conv = module[0] if isinstance(module, nni._FusedModule) else module
         check_padding(conv, "Conv2d")
         layer = cls(**_conv_arguments(conv), device="meta")
-        layer._adopt(conv, bn, relu, module.qconfig)
-        return layer.train(module.training)
+        layer._adopt(module)
+        return layer
 
     def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._conv_forward(x, weight, self.bias)
@@ -266,10 +266,10 @@ class QATLinear(QATLayer, nn.Linear):
     @classmethod
     def from_float(cls, module: nn.Module, use_precomputed_fake_quant: bool = False) -> QATLinear:
         """From an ``nn.Linear`` or torch.ao's LinearReLU, with a ``qconfig``."""
-        linear, _, relu = _parts(module)
+        linear = module[0] if isinstance(module, nni._FusedModule) else module
         layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        layer._adopt(linear, None, relu, module.qconfig)
-        return layer.train(module.training)
+        layer._adopt(module)
+        return layer
 
     def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)

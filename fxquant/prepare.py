@@ -115,7 +115,8 @@ def prepare(
     for name in opaque:
         mapping.set_module_name(name, None)
     with deprecations_silenced():
-        prepared = prepare_captured(traced.train(), mapping, example_inputs, get_backend_config(backend))
+        config = get_backend_config(backend, fuse_relu6=True)
+        prepared = prepare_captured(traced.train(), mapping, example_inputs, config)
     _place_edges(prepared)
     for name, module in prepared.named_modules():
         if isinstance(module, Estimator):
@@ -255,6 +256,8 @@ def _place_edges(prepared: fx.GraphModule) -> None:
     kept: set[fx.Node] = set()
     edges = [node for node in prepared.graph.nodes if edge_of(node) is not None]
     for node in reversed(edges):
+        if not _carries_activations(node.args[0]):
+            continue
         if _is_sum(node.args[0]) or any(_is_arithmetic(user) for user in node.users):
             kept.add(node)
             continue
@@ -282,7 +285,18 @@ def _place_edges(prepared: fx.GraphModule) -> None:
 
 
 def _is_arithmetic(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in EDGE_OPERATORS
+    """An operator that combines tensors which the input reaches; ``x * 0.5`` and ``x + position`` are float."""
+    if node.op != "call_function" or node.target not in EDGE_OPERATORS:
+        return False
+    operands = node.all_input_nodes
+    return len(operands) + (node.target is not torch.cat) > 1 and all(_carries_activations(o) for o in operands)
+
+
+def _carries_activations(node: fx.Node) -> bool:
+    """Whether a node's tensor is floating and depends on the input, as capture saw it."""
+    while "dtype" not in node.meta and node.op == "call_module" and len(node.args) == 1:
+        node = node.args[0]  # through quantizers, which came after capture
+    return node.meta.get("dependent", False) and node.meta["dtype"].is_floating_point
 
 
 def _is_sum(node: fx.Node) -> bool:

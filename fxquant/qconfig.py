@@ -27,7 +27,7 @@ from ._torch_ao import (
     nni,
 )
 from .estimators import LSQ, Bits, Estimator, get_estimator
-from .layers import ConvReLU2d, LinearReLU, QATConv2d, QATLinear
+from .layers import ConvReLU2d, ConvReLU6, LinearReLU, QATConv2d, QATLinear
 from .spec import RESIDUAL_BITS, Rule, get_backend
 
 
@@ -105,12 +105,17 @@ EDGE_OPERATORS = frozenset(_ARITHMETIC)
 """Operators whose inputs and output are carried on the 8-bit grid."""
 
 
-def get_backend_config(backend: str = "x86") -> BackendConfig:
+def get_backend_config(backend: str = "x86", *, fuse_relu6: bool = False) -> BackendConfig:
     """The BackendConfig that tells torch.ao which operators ``backend`` quantizes, and with which of our layers.
 
     Conv2d and Linear (with BatchNorm and ReLU fused) become :class:`fxquant.layers.QATConv2d` and
     :class:`~fxquant.layers.QATLinear`; additions, multiplications, concatenations, poolings and shape operators are
     torch.ao's own. Anything else stays float.
+
+    Args:
+        backend: ``x86``, ``onednn``, ``fbgemm`` or ``qnnpack``.
+        fuse_relu6: whether ReLU6 goes into the layer before it. :func:`fxquant.prepare` does so; torch.ao's own convert
+            has no such layer.
 
     Raises:
         UnknownNameError: for a backend that does not exist.
@@ -140,7 +145,16 @@ def get_backend_config(backend: str = "x86") -> BackendConfig:
         config.set_backend_pattern_config(_pattern(fused).set_root_module(nn.Conv2d).set_qat_module(QATConv2d))
     for pattern in ((nn.BatchNorm2d, nn.Conv2d), *((relu, (nn.BatchNorm2d, nn.Conv2d)) for relu in _RELU)):
         config.set_backend_pattern_config(native[pattern])
+    if fuse_relu6:
+        for pattern in ((nn.Conv2d, nn.ReLU6), (nn.Conv2d, nn.BatchNorm2d, nn.ReLU6)):
+            fused = BackendPatternConfig(pattern).set_fuser_method(_fuse_relu6).set_fused_module(ConvReLU6)
+            config.set_backend_pattern_config(fused)
+        config.set_backend_pattern_config(_pattern(ConvReLU6).set_root_module(nn.Conv2d).set_qat_module(QATConv2d))
     return config
+
+
+def _fuse_relu6(is_qat: bool, *modules: nn.Module) -> ConvReLU6:
+    return ConvReLU6(*modules)
 
 
 _INTEGER_ACTIVATIONS = DTypeConfig(

@@ -103,12 +103,15 @@ def test_each_kernel_is_within_one_code_on_new_images(residual, backend):
     with native._kernels(backend), torch.no_grad():
         for node in kernels:
             inputs = [want[argument.meta.get(REFERENCE, argument.name)] for argument in node.args]
-            off = (lowered.get_submodule(node.target)(*inputs).double() - want[node.meta[REFERENCE]].double()).abs()
+            kernel = lowered.get_submodule(node.target)
+            off = (kernel(*inputs).double() - want[node.meta[REFERENCE]].double()).abs()
             if want[node.meta[REFERENCE]].dtype == torch.uint8:
                 assert off.max() <= 1, node.name
                 assert (off > 0).double().mean() < 0.01, node.name
-            else:  # the classifier: exact sums, the same float32 product
+            elif kernel.kernel == "aten._int_mm":  # the classifier: exact sums, the same float32 product
                 assert off.max() == 0
+            else:  # a convolution to float: exact sums, scaled in another order of roundings
+                assert (off / kernel.unit).max() < 1e-2, node.name
 
 
 def test_the_backend_named_at_prepare_is_the_default():

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..errors import SpecError
-from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
+from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale, activate
 from ..prepare import _images, prepared_info
 from ..spec import get_backend
 
@@ -117,13 +117,14 @@ class _Lowering:
         layer, entry = self._module(layer_node), self._module(entry_node)
         users = list(rescale_node.users)
         exit_ = self._module(users[0]) if len(users) == 1 else None
+        convolution = isinstance(layer, IntegerConv2d)
         if isinstance(exit_, Quantize):
-            kernel = _NativeConv2d if isinstance(layer, IntegerConv2d) else _NativeLinear
+            kernel = _NativeConv2d if convolution else _NativeLinear
             self._try(users[0], (entry_node,), lambda: kernel(layer, entry, rescale, exit_))
-        elif isinstance(layer, IntegerLinear):
-            self._try(rescale_node, (entry_node,), lambda: _NativeLinearToFloat(layer, rescale))
+        elif convolution:
+            self._try(rescale_node, (entry_node,), lambda: _NativeConv2dToFloat(layer, entry, rescale))
         else:
-            self.report.append(LoweredLayer(rescale_node.name, "reference", reason="its result is used as float"))
+            self._try(rescale_node, (entry_node,), lambda: _NativeLinearToFloat(layer, rescale))
 
     def _lower_operator(self, exit_node: fx.Node, exit_: Quantize) -> None:
         """Dequantize -> addition (-> ReLU) or max pooling -> Quantize, on one kernel from codes to codes."""
@@ -240,6 +241,10 @@ class _NativeLayer(_Kernel):
         super().__init__()
         self.in_scale, self.in_zero = float(entry.scale), int(entry.zero_point)
         self._take_exit(exit_)
+        if rescale.ceiling is not None:
+            # The grid is monotone: the code of the ceiling is the largest that anything below it can have.
+            lowest, highest = self.bounds
+            self.bounds = lowest, min(highest, int(exit_(exit_.scale.new_tensor([rescale.ceiling]))))
         sum_scale = rescale.scale.to(torch.float64)
         weight = torch._make_per_channel_quantized_tensor(
             layer.weight, sum_scale / self.in_scale, torch.zeros_like(sum_scale, dtype=torch.int64), 0
@@ -269,6 +274,37 @@ class _NativeLinear(_NativeLayer):
 
     def _pack(self, layer: IntegerLinear, weight: Tensor, bias: Tensor):
         return torch.ops.quantized.linear_prepack(weight, bias)
+
+
+class _NativeConv2dToFloat(_Kernel):
+    """uint8 codes to float32, for a convolution whose result is no integer tensor: before SiLU, GELU, a pooling."""
+
+    kernel = "onednn.qconv_pointwise"
+
+    def __init__(self, layer: IntegerConv2d, entry: Quantize, rescale: Rescale):
+        super().__init__()
+        self.in_scale, self.in_zero = float(entry.scale), int(entry.zero_point)
+        sum_scale = rescale.scale.to(torch.float64)
+        self.register_buffer("weight_scale", (sum_scale / self.in_scale).to(torch.float32))
+        self.register_buffer("weight_zero", torch.zeros_like(rescale.scale, dtype=torch.int32))
+        self.register_buffer("bias", (layer.bias.to(torch.float64) * sum_scale).to(torch.float32))
+        self.geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+        self.packed = torch.ops.onednn.qconv_prepack(
+            layer.weight, self.weight_scale, self.in_scale, self.in_zero, *self.geometry
+        )
+        self.rescale = rescale
+
+    @property
+    def unit(self) -> Tensor:
+        """What one unit of the integer sums is worth, per output channel."""
+        return self.rescale.scale.to(torch.float64).reshape(-1, 1, 1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        out = torch.ops.onednn.qconv_pointwise(
+            codes, self.in_scale, self.in_zero, self.packed, self.weight_scale, self.weight_zero, self.bias,
+            *self.geometry, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return activate(out, self.rescale.relu, self.rescale.ceiling)
 
 
 class _NativeLinearToFloat(_Kernel):
