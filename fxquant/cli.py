@@ -1,4 +1,4 @@
-"""The command line: fxquant ls | show | validate | run | lower | compare."""
+"""The command line: fxquant ls | show | validate | run | lower | coverage | compare."""
 
 from __future__ import annotations
 
@@ -150,6 +150,34 @@ def lower(
             },
         )
     outcome.raise_on_failure()
+
+
+@app.command("coverage")
+def coverage_command(
+    models: Annotated[
+        Path | None, typer.Option(help="file of 'model input_size' lines [default: timm's test_* models]")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="folder for coverage_w<bits>.csv")] = Path("runs/coverage"),
+    bits: Annotated[int, typer.Option(help="width of all layers but the first and the last")] = 4,
+    resume: Annotated[bool, typer.Option("--resume", help="keep the rows that are there")] = False,
+) -> None:
+    """Take timm models through every stage, each in a process of its own; one CSV row a model."""
+    from . import coverage, timm
+    from .grid import check_bits
+
+    check_bits(bits)
+    chosen = coverage.read_models(models) if models else [(name, 160) for name in timm.list_models("test_*")]
+
+    def watch(row: coverage.Row) -> None:
+        state = "ok" if row.passed else row.failed or "gradients or bits differ"
+        out.print(
+            f"{row.model}: {state}; {row.layers} layers, MACs on integers {row.integer_macs:.1%}, {row.seconds:.0f} s",
+            markup=False,
+            highlight=False,
+        )
+
+    rows = coverage.cover(chosen, bits, output / f"coverage_w{bits}.csv", resume=resume, watch=watch)
+    out.print(coverage.summary(rows), markup=False, highlight=False)
 
 
 @app.command()

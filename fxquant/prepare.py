@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ from .grid import check_bits
 from .layers import QATLayer, check_padding
 from .qconfig import EDGE_OPERATORS, edge_qconfig, get_backend_config, get_qat_qconfig
 from .spec import RESIDUAL_BITS, Rule, get_backend, resolve_rules
-from .trace import OPAQUE, trace
+from .trace import DIFFERENCE, OPAQUE, trace
 
 # A squeeze needs the penalty of QATLoss, which plain torch.ao use does not have: only prepare() starts one.
 _GRADUAL = {"gdnsq": {"initial_bits": 10.0}}
@@ -31,6 +32,7 @@ class PreparedInfo:
         backend: name of the backend the graph was built for.
         rules: the rule each quantizable layer got, by name; ``None`` stays float.
         opaque: submodules that could not be captured and stay float, with the reason.
+        capture_difference: of the captured graph from the model, relative to its largest output.
         costs: sizes of each quantized layer for one image.
         calibration: the loader given to prepare(), which freeze() re-estimates BatchNorm from.
     """
@@ -38,6 +40,7 @@ class PreparedInfo:
     backend: str
     rules: dict[str, Rule | None]
     opaque: dict[str, str] = field(default_factory=dict)
+    capture_difference: float = 0.0
     costs: dict[str, cost.LayerCost] = field(default_factory=dict)
     calibration: Iterable | None = None
 
@@ -121,7 +124,7 @@ def prepare(
     for name, module in prepared.named_modules():
         if isinstance(module, Estimator):
             module.where = name
-    info = PreparedInfo(backend, resolved, opaque, calibration=calibration)
+    info = PreparedInfo(backend, resolved, opaque, traced.meta[DIFFERENCE], calibration=calibration)
     prepared.meta["fxquant"] = info
     if calibration is not None:
         calibrate(prepared, calibration)
@@ -256,7 +259,7 @@ def _place_edges(prepared: fx.GraphModule) -> None:
     kept: set[fx.Node] = set()
     edges = [node for node in prepared.graph.nodes if edge_of(node) is not None]
     for node in reversed(edges):
-        if not _carries_activations(node.args[0]):
+        if not _carries_activations(node.args[0]) or _decides_a_divisor(node, modules):
             continue
         if _is_sum(node.args[0]) or any(_is_arithmetic(user) for user in node.users):
             kept.add(node)
@@ -297,6 +300,26 @@ def _carries_activations(node: fx.Node) -> bool:
     while "dtype" not in node.meta and node.op == "call_module" and len(node.args) == 1:
         node = node.args[0]  # through quantizers, which came after capture
     return node.meta.get("dependent", False) and node.meta["dtype"].is_floating_point
+
+
+_DIVISIONS = {F.normalize, torch.rsqrt, torch.reciprocal, torch.log, "rsqrt", "reciprocal", "log"}
+
+
+def _decides_a_divisor(edge: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether float operators carry an edge's tensor into a divisor (linear attention): what rounds to 0 there makes
+    gradients of 1e15 and more."""
+    seen, reached = set(), [edge]
+    while reached:
+        node = reached.pop()
+        for user in node.users:
+            divides = user.op == "call_function" and user.target in (operator.truediv, torch.div)
+            if user.target in _DIVISIONS or (divides and len(user.args) > 1 and user.args[1] is node):
+                return True
+            stops = user.op == "call_module" and isinstance(modules.get(user.target), (QATLayer, Estimator))
+            if user not in seen and not stops:
+                seen.add(user)
+                reached.append(user)
+    return False
 
 
 def _is_sum(node: fx.Node) -> bool:

@@ -16,6 +16,9 @@ from . import canonical
 from .capture import Capture, DataDependent
 from .errors import TraceError
 
+DIFFERENCE = "fxquant_difference"
+"""Key of the graph module's ``meta``: its largest difference from the model, relative to the model's largest output."""
+
 OPAQUE = "fxquant_opaque"
 """Key of the graph module's ``meta``: submodules kept as one float call, with the reason each could not be captured."""
 
@@ -63,8 +66,7 @@ def _trace(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> fx.GraphModu
     traced.graph.lint()
     traced.recompile()
     original = copy.deepcopy(model).eval()
-    for batch in batches:
-        _check_same(original, traced, batch)
+    traced.meta[DIFFERENCE] = max(_check_same(original, traced, batch) for batch in batches)
     traced.meta[OPAQUE] = opaque
     return traced.train(training)
 
@@ -78,7 +80,8 @@ def _two_batches(example_inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...]
     return of(2), of(3)
 
 
-def _check_same(model: nn.Module, traced: fx.GraphModule, example_inputs: tuple[Tensor, ...]) -> None:
+def _check_same(model: nn.Module, traced: fx.GraphModule, example_inputs: tuple[Tensor, ...]) -> float:
+    """The relative difference of the two on a batch; raises where it is more than rounding."""
     with torch.no_grad():
         want, got = model(*example_inputs), traced(*example_inputs)
     if not isinstance(want, Tensor) or not isinstance(got, Tensor):
@@ -92,6 +95,7 @@ def _check_same(model: nn.Module, traced: fx.GraphModule, example_inputs: tuple[
             f"the captured graph differs from the model by up to {gap:.3g} on a batch of {len(example_inputs[0])}: its "
             "forward depends on state that a graph does not capture (a counter, a cache, random numbers)"
         )
+    return float((want - got).abs().max() / want.abs().max().clamp(min=1e-12))
 
 
 def _explain(error: Exception, model: nn.Module, module_name: str) -> str:

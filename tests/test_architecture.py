@@ -16,7 +16,7 @@ ORDER = [
     "errors", "schedule", "grid", "ranges", "_torch_ao", "estimators", "spec",
     "integer", "layers", "layers_torch_ao", "qconfig", "capture", "canonical", "trace", "cost", "prepare",
     "allocate", "freeze", "convert", "controller", "loss", "lower", "verify",
-    "report", "data", "recipe", "checkpoint", "timm", "train", "cli",
+    "report", "data", "recipe", "checkpoint", "timm", "coverage", "train", "cli",
 ]  # fmt: skip
 
 
