@@ -3,7 +3,7 @@
 The way through, in order:
 
 * ``Rule``, ``Budget`` - which layers get which widths and estimator; what the whole must keep to.
-* ``prepare`` - a float model to one that trains quantized.
+* ``prepare``, ``calibrate`` - a float model to one that trains quantized.
 * ``param_groups``, ``QATLoss``, ``Controller`` - what your own training loop needs.
 * ``freeze`` - whole widths inside the budget, BatchNorm re-estimated, scales fixed.
 * ``convert`` - the reference integer graph, equal to the frozen model bit for bit.
@@ -19,7 +19,7 @@ from .errors import FxQuantError
 from .freeze import freeze
 from .loss import QATLoss
 from .lower import lower
-from .prepare import prepare
+from .prepare import calibrate, prepare
 from .qconfig import get_backend_config, get_qat_qconfig, get_qat_qconfig_mapping
 from .spec import Budget, Rule
 from .verify import verify
@@ -32,6 +32,7 @@ __all__ = [
     "FxQuantError",
     "QATLoss",
     "Rule",
+    "calibrate",
     "convert",
     "freeze",
     "get_backend_config",

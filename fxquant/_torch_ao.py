@@ -31,7 +31,7 @@ try:
     from torch.ao.quantization.qconfig import qconfig_equals
     from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_qat_fx
 
-    # Which quantized module replaces which reference module in convert_fx (private; _layers_for_torch_ao.py
+    # Which quantized module replaces which reference module in convert_fx (private; layers_torch_ao.py
     # adds the two that re-quantize their own input).
     STATIC_LOWER_MODULE_MAP = _lower_to_native_backend.STATIC_LOWER_MODULE_MAP
     STATIC_LOWER_FUSED_MODULE_MAP = _lower_to_native_backend.STATIC_LOWER_FUSED_MODULE_MAP

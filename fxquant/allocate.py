@@ -14,12 +14,19 @@ from .prepare import prepared_info
 from .spec import Budget
 
 
-def fix_widths(model: nn.Module, budget: Budget | None = None) -> dict[str, tuple[int, int]]:
+def fix_widths(
+    model: nn.Module, budget: Budget | None = None, *, keep_learning: bool = False
+) -> dict[str, tuple[int, int]]:
     """Give every quantizer that still learns its width the whole one nearest to it that the budget allows.
 
     Starts from the learned widths rounded up, then takes single bits away, each time the one whose removal strays
     least from the learned width for what it saves, until the budget holds, and hands out again what a last step left
     over. A width never leaves its rule's interval.
+
+    Args:
+        model: a prepared model.
+        budget: what the whole widths must keep to.
+        keep_learning: leave those that learn within an interval as they are; fix the others.
 
     Returns:
         (weight bits, activation bits) of each quantized layer, by name.
@@ -46,7 +53,8 @@ def fix_widths(model: nn.Module, budget: Budget | None = None) -> dict[str, tupl
             choice.bits -= 1
     _spend_what_is_left(limits, choices)
     for choice in choices.values():
-        if not choice.estimator.settled:
+        interval = isinstance(choice.estimator.bits, tuple)
+        if not choice.estimator.settled and not (keep_learning and interval):
             choice.estimator.fix_width(choice.bits)
     return {name: (choices[name, "weight"].bits, choices[name, "activation"].bits) for name in layers}
 
@@ -65,6 +73,9 @@ def _spend_what_is_left(limits: list, choices: dict[tuple[str, str], _Choice]) -
         short = sorted((c for c in short if c.bits < c.highest), key=lambda c: c.bits - c.learned)
 
 
+_ALL_POSITIVE = 100.0  # above any decrease of a squared distance between widths
+
+
 class _Choice:
     """The whole width of one quantizer while it is being chosen."""
 
@@ -81,8 +92,9 @@ class _Choice:
             self.highest = self.bits  # a rest of the budget goes back to whom it was taken from, to no one else
 
     def strain(self) -> float:
-        """How much one bit less adds to the squared distance from the learned width; offset to be positive."""
-        return (self.bits - 1 - self.learned) ** 2 - (self.bits - self.learned) ** 2 + 100.0
+        """How much one bit less adds to the squared distance from the learned width; made positive."""
+        added = (self.bits - 1 - self.learned) ** 2 - (self.bits - self.learned) ** 2
+        return added + _ALL_POSITIVE
 
 
 def _limits(budget: Budget, costs: dict[str, cost.LayerCost], choices: dict[tuple[str, str], _Choice]):

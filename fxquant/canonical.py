@@ -41,7 +41,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 # ---- on the graph, after capture -------------------------------------------------------------------------
 
-_ADDITIONS = {torch.add: operator.add, torch.mul: operator.mul}
+_FUNCTIONS = {torch.add: operator.add, torch.mul: operator.mul}
 _METHODS = {"add": operator.add, "mul": operator.mul}
 
 
@@ -51,8 +51,8 @@ def name_arithmetic_alike(traced: fx.GraphModule) -> None:
     for node in traced.graph.nodes:
         if node.op == "call_method" and node.target in _METHODS and len(node.args) == 2 and not node.kwargs:
             node.op, node.target = "call_function", _METHODS[node.target]
-        elif node.op == "call_function" and node.target in _ADDITIONS and len(node.args) == 2 and not node.kwargs:
-            node.target = _ADDITIONS[node.target]
+        elif node.op == "call_function" and node.target in _FUNCTIONS and len(node.args) == 2 and not node.kwargs:
+            node.target = _FUNCTIONS[node.target]
         elif node.op == "call_method" and node.target == "relu":
             node.op, node.target = "call_function", F.relu
         elif node.op == "call_function" and node.target is torch.relu:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,10 @@ def read_result(folder: Path) -> dict[str, Any]:
     """
     path = folder / RESULT
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not {"recipe", "lowered", "float_accuracy"} <= result.keys():
+            raise CheckpointError(f"{path} is no result of fxquant run; give the folder of a finished run")
+        return result
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); give the folder of a finished run") from None
 
@@ -90,10 +92,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: a file that is missing, damaged, or something else.
     """
     try:
-        content = torch.load(path, weights_only=True)
+        content = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; nothing can be resumed or lowered from it") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a damaged or foreign file makes the reader stumble over
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(
             f"{path} is damaged, or no checkpoint at all ({reason}); start the run anew in another folder"
@@ -112,13 +114,15 @@ def checkpoint_for(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     Raises:
         CheckpointError: where it is of another recipe, with the keys that differ.
     """
-    path = folder / CHECKPOINT
+    path, begun = folder / CHECKPOINT, folder / RECIPE
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if not begun.exists():
             raise CheckpointError(
                 f"--resume was asked for, but {folder} holds no {CHECKPOINT}; name the folder of the run"
             )
-        return None
+        if json.loads(begun.read_text(encoding="utf-8")) == json.loads(recipe.to_json()):
+            return None
+        raise CheckpointError(f"{folder} was begun with another recipe than the one given; name another --output")
     content = load_checkpoint(path)
     if content["recipe"] != recipe.to_json():
         differing = _differences(json.loads(content["recipe"]), json.loads(recipe.to_json()))
@@ -153,7 +157,7 @@ def load_integer_model(path: Path) -> tuple[Recipe, dict[str, torch.Tensor]]:
             f"{path} is no integer model of fxquant (format {metadata.get('format')!r}, {_INTEGER_FORMAT!r} was "
             "expected)"
         )
-    return stored_recipe(metadata["recipe"], path), tensors
+    return stored_recipe(metadata.get("recipe", ""), path), tensors
 
 
 def stored_recipe(text: str, path: Path) -> Recipe:

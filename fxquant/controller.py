@@ -14,14 +14,16 @@ from .spec import Budget
 class Controller:
     """Takes a prepared model through its phases; call :meth:`step` after every optimizer step.
 
-    * ``train``: estimators follow their schedules (PEGE's curriculum, GDNSQ's temperature, NIPQ's noise).
+    * ``train``: estimators follow their schedules (PEGE's curriculum, GDNSQ's temperature), and
+      NIPQ trains with noise.
     * ``finetune``, the last ``finetune`` share of the steps: learned widths have become whole, inside the budget,
       and noise is off; weights and ranges go on learning what will ship.
 
     Args:
         model: from :func:`fxquant.prepare` (or torch.ao's own prepare with our qconfigs).
         total_steps: optimizer steps of the whole training.
-        budget: what the whole widths must keep to.
+        budget: what the whole widths must keep to. Without one, widths that are learned within an interval go on
+            learning until :func:`fxquant.freeze`. A budget needs a model from :func:`fxquant.prepare`.
         finetune: share of the steps, in [0, 1).
 
     Raises:
@@ -59,7 +61,7 @@ class Controller:
         for estimator, name, schedule in self._schedules:
             setattr(estimator, name, schedule(self.steps_done))
         if self.phase == "finetune" and not self._settled:
-            fix_widths(self.model, self.budget)
+            fix_widths(self.model, self.budget, keep_learning=not self.budget)
             self._settled = True
 
     def state_dict(self) -> dict:
@@ -67,7 +69,7 @@ class Controller:
         return {"steps_done": self.steps_done, "total_steps": self.total_steps, "settled": self._settled}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where ``state`` was taken. Load the model's own state before.
+        """Go on where ``state`` was taken; the model's own state is loaded apart from this.
 
         Raises:
             CheckpointError: where the state is of a training of another length.

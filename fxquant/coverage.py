@@ -174,7 +174,7 @@ def _integer_macs(model: nn.Module, image: Tensor, reference, on_kernels: set[st
     """MACs of layers on kernels over those of the whole float model, as torch's flop counter sees it."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    opened = copy.deepcopy(model).eval()
+    opened = copy.deepcopy(model).eval().requires_grad_(False)
     canonical.open_fused_attention(opened)  # the counter does not see inside of a fused one
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         opened(image)

@@ -22,9 +22,8 @@ def freeze(
 ) -> dict[str, tuple[int, int]]:
     """Turn a trained, prepared model into the one that converts: in place, and for good.
 
-    In this order: learned widths become whole, inside ``budget``; noise goes off; BatchNorm statistics are
-    re-estimated under true rounding; scales and zero-points are fixed. Afterwards every layer computes on
-    integers, in eval and in train mode alike, and :func:`fxquant.convert` is exact.
+    First :func:`settle`, then scales and zero-points are fixed. Afterwards every layer computes on integers, in eval
+    and in train mode alike, and :func:`fxquant.convert` is exact.
 
     Args:
         model: from :func:`fxquant.prepare`.
@@ -38,23 +37,40 @@ def freeze(
     Raises:
         SpecError: for a model that prepare() did not make, or a budget that no widths in reach can meet.
     """
+    widths = settle(model, budget, calibration=calibration)
+    for module in model.modules():
+        if isinstance(module, (QATLayer, Estimator)):
+            module.freeze()
+    return widths
+
+
+def settle(
+    model: nn.Module, budget: Budget | None = None, *, calibration: Iterable | None = None
+) -> dict[str, tuple[int, int]]:
+    """The part of :func:`freeze` before scales are fixed: whole widths inside the budget, noise off, BatchNorm
+    re-estimated under true rounding. The model still computes in float, on quantized values; it ends in eval mode."""
     info = prepared_info(model)
-    for estimator in (m for m in model.modules() if isinstance(m, Estimator)):
+    estimators = [m for m in model.modules() if isinstance(m, Estimator)]
+    for estimator in estimators:
         estimator.require_initialized()
     widths = fix_widths(model, budget)
     data = calibration if calibration is not None else info.calibration
     if data is not None and not all(layer.frozen for layer in cost.qat_layers(model).values()):
+        for estimator in estimators:
+            estimator.may_refit = True  # these are training data
         reestimate_batch_norm(model, data)
-    for module in model.modules():
-        if isinstance(module, (QATLayer, Estimator)):
-            module.freeze()
+        for estimator in estimators:
+            estimator.may_refit = False
     model.eval()
     return widths
 
 
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Iterable) -> None:
-    """Replace BatchNorm's running statistics by the mean over ``batches``, quantizers rounding as in eval."""
+    """Replace BatchNorm's running statistics by the mean over ``batches``, quantizers rounding as in eval.
+
+    A last batch smaller than the first is left out: it would weigh as much as a whole one.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
@@ -69,8 +85,11 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable) -> None:
         norm.momentum = None  # cumulative mean
         norm.train()
     try:
+        whole = None
         for images in _images(batches):
-            model(images.to(device))
+            whole = whole or len(images)
+            if len(images) >= whole:
+                model(images.to(device))
     except BaseException:
         for norm, state in zip(norms, before, strict=True):
             norm.load_state_dict(state)

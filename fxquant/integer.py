@@ -80,8 +80,6 @@ class Rescale(nn.Module):
 class _IntegerLayer(nn.Module):
     """uint8 -> int32: the sum of ``(q_x - z_x) * q_w`` plus an int32 bias."""
 
-    channel_axis: int
-
     def __init__(self, weight: Tensor, bias: Tensor, input_zero_point: Tensor, input_bounds: tuple[int, int]):
         super().__init__()
         self.register_buffer("weight", weight.to(torch.int8))
@@ -114,16 +112,14 @@ class _IntegerLayer(nn.Module):
 class IntegerConv2d(_IntegerLayer):
     """Convolution on integers; padding adds real zeros, that is the code z_x."""
 
-    channel_axis = 1
-
     def __init__(self, *operands, stride, padding, dilation, groups):
         super().__init__(*operands)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
 
     def forward(self, q: Tensor) -> Tensor:
         x, weight, bias = self._operands(q)
-        # Where oneDNN is off, torch may take NNPACK's Winograd kernels, whose transforms round.
-        with torch.backends.nnpack.flags(enabled=False):
+        # Where oneDNN is off, torch may take NNPACK's Winograd kernels, whose transforms round; autocast would too.
+        with torch.backends.nnpack.flags(enabled=False), torch.autocast(q.device.type, enabled=False):
             sums = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return sums.to(torch.int32)
 
@@ -131,7 +127,6 @@ class IntegerConv2d(_IntegerLayer):
 class IntegerLinear(_IntegerLayer):
     """Matrix product on integers, over the last dimension."""
 
-    channel_axis = -1
-
     def forward(self, q: Tensor) -> Tensor:
-        return F.linear(*self._operands(q)).to(torch.int32)
+        with torch.autocast(q.device.type, enabled=False):
+            return F.linear(*self._operands(q)).to(torch.int32)

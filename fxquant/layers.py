@@ -4,9 +4,10 @@ torch.ao's ``prepare_qat_fx`` swaps them in (see :func:`fxquant.get_backend_conf
 its input because a QConfig has one activation field and torch.ao attaches it to outputs: "low-bit layer inputs,
 8-bit residual sums" cannot be said there.
 
-In training a layer computes ``bn(conv(fq(x), fq(w)))``: the unfolded weight is quantized, as in the papers, and no
-output is ever divided by gamma. A symmetric per-channel grid commutes with folding BatchNorm, so a frozen layer
-keeps the trained codes and only its scales are folded.
+In training a layer computes ``bn(conv(fq(x), fq(w)))``, plus what rounding the folded bias to the integer grid of the
+sums adds: the unfolded weight is quantized, as in the papers, and no output is ever divided by gamma. A symmetric
+per-channel grid commutes with folding BatchNorm, so a frozen layer keeps the trained codes and only its scales are
+folded.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import grid
 from ._torch_ao import nni, qconfig_equals
 from .errors import NotFrozenError, SpecError
 from .estimators import Estimator
@@ -113,6 +115,8 @@ class QATLayer(nn.Module):
         out = self._compute(x, self.weight_fake_quant(self.weight))
         if self.bn is not None:
             out = self.bn(out)
+        if self.input_fake_quant is not None and (self.bn is not None or self.bias is not None):
+            out = out + grid.channel_view(self.bias_rounding(), out.ndim, self._channel_axis)
         return activate(out, self.relu, self.ceiling)
 
     def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -133,14 +137,14 @@ class QATLayer(nn.Module):
     # ---- integers ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def folded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight codes (float carrier), weight scale [O] float32 and real bias [O] float64, BatchNorm folded in.
+    def folded_scale(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight scale, real bias and sign, each [O] float64, with BatchNorm folded in.
 
         Folding multiplies a channel by ``f = gamma / sqrt(var + eps)``: its scale takes |f|, its codes the sign,
-        its bias becomes ``beta + (b - mean)·f``. Where f is 0 the codes are 0.
+        its bias becomes ``beta + (b - mean)·f``. Where f is 0 the sign is 0, and so are the codes.
         """
-        codes = self.weight_fake_quant.codes(self.weight)
         scale = self.weight_fake_quant.step().to(torch.float64).expand(self.weight.shape[0])
+        sign = torch.ones_like(scale)
         bias = torch.zeros_like(scale) if self.bias is None else self.bias.to(torch.float64)
         if self.bn is not None:
             bn = self.bn
@@ -149,9 +153,29 @@ class QATLayer(nn.Module):
                 factor = factor * bn.weight.to(torch.float64)
             shift = 0.0 if bn.bias is None else bn.bias.to(torch.float64)
             bias = shift + (bias - bn.running_mean.to(torch.float64)) * factor
-            scale = scale * factor.abs()
-            codes = codes * factor.sign().to(codes.dtype).reshape(-1, *[1] * (codes.ndim - 1))
-        return codes, scale, bias
+            scale, sign = scale * factor.abs(), factor.sign()
+        return scale, bias, sign
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight codes (float carrier), weight scale [O] and real bias [O], BatchNorm folded in."""
+        scale, bias, sign = self.folded_scale()
+        codes = self.weight_fake_quant.codes(self.weight)
+        return codes * sign.to(codes.dtype).reshape(-1, *[1] * (codes.ndim - 1)), scale, bias
+
+    @torch.no_grad()
+    def bias_rounding(self) -> Tensor:
+        """What rounding the folded bias to whole steps of ``s_x·s_w`` adds to each output channel, [O] float32.
+
+        At low widths that step is no trifle, so training and evaluation see it as deployment will; no gradient flows
+        through it (straight-through). Channels that :meth:`integer_parameters` coarsens are left out.
+        """
+        if not self.input_fake_quant._initialized:
+            return self.weight.new_zeros(self.weight.shape[0])  # the first batch sets the range
+        scale, bias, _ = self.folded_scale()
+        step = scale * self.input_fake_quant.step().to(torch.float64)
+        added = torch.round(bias / step) * step - bias
+        return torch.where(bias.abs() <= step * _MAX_BIAS, added, 0.0).to(torch.float32)
 
     @torch.no_grad()
     def integer_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

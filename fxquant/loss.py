@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ class QATLoss(nn.Module):
         task: loss of (logits, labels), such as ``nn.CrossEntropyLoss()``.
         budget: what learned widths are pulled towards; ``sum(smooth_l1(cost, target))`` over its bounds, BOPs in
             units of a hundredth of the target. The bound itself is kept by :func:`fxquant.freeze`.
-        teacher: float model for distillation; put into eval mode, never trained.
+        teacher: float model for distillation, of which a copy in eval mode is kept.
         distillation: ``soft_cross_entropy`` or ``jeffreys``.
         task_weight, distillation_weight, budget_weight: weights of the parts.
 
@@ -82,12 +83,13 @@ class QATLoss(nn.Module):
         self.task_weight, self.distillation_weight = task_weight, distillation_weight
         self.budget_weight = budget_weight
         # Not a submodule: its weights belong neither to the optimizer nor to the checkpoint.
-        self._teacher = (None if teacher is None else teacher.eval().requires_grad_(False),)
+        self._teacher = (None if teacher is None else copy.deepcopy(teacher).eval().requires_grad_(False),)
         self.register_buffer("mean_task_loss", torch.zeros(()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossParts:
         """Run ``model`` on ``images`` [N, C, H, W] and return the parts of the objective."""
+        inner = getattr(model, "module", model)
         logits = model(images)
         zero = logits.new_zeros(())
         task = self.task(logits, labels)
@@ -99,7 +101,6 @@ class QATLoss(nn.Module):
             distillation = self.distillation(logits, teacher_logits)
         main = self.task_weight * task + self.distillation_weight * distillation
         self._track(main.detach())
-        inner = getattr(model, "module", model)
         budget = self.budget_penalty(inner) if self.budget else zero
         estimator = self.estimator_terms(inner, zero)
         return LossParts(task, distillation, budget, estimator, main + self.budget_weight * budget + estimator)

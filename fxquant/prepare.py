@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -43,6 +45,10 @@ class PreparedInfo:
     capture_difference: float = 0.0
     costs: dict[str, cost.LayerCost] = field(default_factory=dict)
     calibration: Iterable | None = None
+
+    def __deepcopy__(self, memo: dict) -> PreparedInfo:
+        """A copy of a model shares its loader: data are not part of it."""
+        return dataclasses.replace(self, rules=dict(self.rules), opaque=dict(self.opaque), costs=dict(self.costs))
 
 
 def prepared_info(model: nn.Module) -> PreparedInfo:
@@ -93,6 +99,12 @@ def prepare(
     """
     get_backend(backend)
     check_bits(residual_bits, "residual_bits")
+    if isinstance(rules, Rule):
+        rules = [rules]
+    if calibration is not None and iter(calibration) is calibration:
+        calibration = list(calibration)  # it can be read but once, and freeze will need it again
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
     if not rules:
         raise SpecError("no rule was given, so no layer would be quantized; Rule('*', 4, 4) quantizes all of them")
     if example_inputs is None:
@@ -115,8 +127,9 @@ def prepare(
     for name, rule in resolved.items():
         mapping.set_module_name(name, _qconfig_of(rule, residual_bits))
     opaque = traced.meta[OPAQUE]
-    for name in opaque:
+    for name, reason in opaque.items():
         mapping.set_module_name(name, None)
+        warnings.warn(f"kept in float, as one call: {reason}", stacklevel=2)
     with deprecations_silenced():
         config = get_backend_config(backend, fuse_relu6=True)
         prepared = prepare_captured(traced.train(), mapping, example_inputs, config)
@@ -201,7 +214,13 @@ def _images(batches: Iterable) -> Iterator[Tensor]:
     empty = True
     for batch in batches:
         empty = False
-        yield batch[0] if isinstance(batch, (tuple, list)) else batch
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if not isinstance(images, Tensor) or not len(images):
+            found = f"a {type(images).__name__}" if not isinstance(images, Tensor) else "an empty tensor"
+            raise EmptyDataError(
+                f"a batch of the calibration data is {found}; batches are image tensors, or tuples that begin with one"
+            )
+        yield images
     if empty:
         raise EmptyDataError(
             "the calibration data yielded no batch; pass a loader (not an exhausted iterator) with at least one, "

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .data import DATASETS
-from .errors import FxQuantError, UnknownNameError, did_you_mean
+from .errors import FxQuantError, SpecError, UnknownNameError, did_you_mean
 from .loss import DISTILLATIONS
 from .spec import Budget, Rule, check_options, get_backend
 
@@ -152,6 +152,11 @@ class Recipe(_Section):
         return [self._build(rule) for rule in self.rules]
 
     def _build(self, section: RuleSection) -> Rule:
+        if section.bits is not None and (section.weight_bits is not None or section.activation_bits is not None):
+            raise SpecError(
+                f"rule {section.pattern!r}: bits={section.bits!r} is for weights and activations alike; give it, or "
+                "weight_bits and activation_bits"
+            )
         if section.bits == "float":
             return Rule(section.pattern, None, None)
         estimator = section.estimator or self.quantization.estimator
@@ -229,6 +234,8 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML ({error})") from None
     parents = values.pop("extends", [])
+    if not isinstance(parents, (str, list)) or not all(isinstance(parent, str) for parent in parents):
+        raise RecipeError(f"{path}: extends = {parents!r}; give a file name or a list of them")
     merged: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
         merged = _merge(merged, _read(path.parent / parent, (*above, resolved)))

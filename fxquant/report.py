@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 
 from rich.table import Table
 from torch import fx
@@ -84,8 +85,9 @@ def lowering_table(layers: list[LoweredLayer], backend: str) -> Table:
 def lowering_summary(layers: list[LoweredLayer], backend: str) -> str:
     """One line a backend, and one for each operator that had to stay on the reference."""
     stayed = [layer for layer in layers if layer.kernel == "reference"]
-    kernels = len(layers) - len(stayed)
-    lines = [f"{backend}: {kernels} of {len(layers)} operators on integer kernels"]
+    kernels = Counter(layer.kernel for layer in layers if layer.kernel != "reference")
+    named = ", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())
+    lines = [f"{backend}: {len(layers) - len(stayed)} of {len(layers)} operators on integer kernels ({named})"]
     lines += [f"  {layer.name} stays on the reference: {layer.reason}" for layer in stayed]
     return "\n".join(lines)
 

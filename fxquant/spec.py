@@ -58,8 +58,13 @@ class Rule:
             raise UnknownNameError("range initialisation", self.init, METHODS)
         check_options(self.estimator, self.options)
         for bits in (self.weight_bits, self.activation_bits):
-            if bits is not None:
-                get_estimator(self.estimator)(bits, **self.options)
+            try:
+                get_estimator(self.estimator)(8 if bits is None else bits, **self.options)
+            except TypeError as error:
+                raise SpecError(
+                    f"rule {self.pattern!r}: the options {dict(self.options)} do not fit the estimator "
+                    f"{self.estimator!r} ({error})"
+                ) from None
         if self.pattern.startswith("re:"):
             try:
                 re.compile(self.pattern[3:])
@@ -72,12 +77,17 @@ class Rule:
 
     def matches(self, layer: str, positions: Sequence[str] = ()) -> bool:
         """Whether the rule is for the layer of that name; ``positions`` may hold ``first`` and ``last``."""
-        if self.pattern.startswith("re:"):
-            return re.fullmatch(self.pattern[3:], layer) is not None
-        alternatives = self.pattern.split("|")
-        return any(position in alternatives for position in positions) or any(
-            fnmatch.fnmatchcase(layer, glob) for glob in alternatives
-        )
+        return any(_matches(part, layer, positions) for part in self.alternatives())
+
+    def alternatives(self) -> list[str]:
+        """The globs of the pattern; a regular expression is one."""
+        return [self.pattern] if self.pattern.startswith("re:") else self.pattern.split("|")
+
+
+def _matches(part: str, layer: str, positions: Sequence[str]) -> bool:
+    if part.startswith("re:"):
+        return re.fullmatch(part[3:], layer) is not None
+    return part in positions or fnmatch.fnmatchcase(layer, part)
 
 
 def resolve_rules(rules: list[Rule], layers: list[str]) -> dict[str, Rule | None]:
@@ -93,11 +103,13 @@ def resolve_rules(rules: list[Rule], layers: list[str]) -> dict[str, Rule | None
         layer: next((rule for rule in rules if rule.matches(layer, positions.get(layer, ()))), None) for layer in layers
     }
     for rule in rules:
-        if not any(rule.matches(layer, positions.get(layer, ())) for layer in layers):
-            raise RuleError(
-                f"rule {rule.pattern!r} matches no quantizable layer (Conv2d or Linear) of this model; "
-                + did_you_mean(rule.pattern, layers)
-            )
+        for part in rule.alternatives():
+            if not any(_matches(part, layer, positions.get(layer, ())) for layer in layers):
+                of = "" if part == rule.pattern else f" of the rule {rule.pattern!r}"
+                raise RuleError(
+                    f"rule {part!r}{of} matches no quantizable layer (Conv2d or Linear) of this model; "
+                    + did_you_mean(part, layers)
+                )
     return resolved
 
 
@@ -128,7 +140,8 @@ class Budget:
     def __post_init__(self):
         for name in ("mean_weight_bits", "mean_activation_bits", "bops"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and value > 0):
                 raise SpecError(f"budget {name}={value!r} was asked for; it must be above 0")
 
     def __bool__(self) -> bool:

@@ -23,9 +23,9 @@ from .convert import convert
 from .data import Batches, ImageData, load_data
 from .errors import CheckpointError, FxQuantError, NonFiniteError, UnknownNameError
 from .estimators import Estimator
-from .freeze import freeze
+from .freeze import freeze, settle
 from .loss import QATLoss
-from .lower import lower
+from .lower import lower, require_engine
 from .prepare import prepare
 from .recipe import Recipe
 from .report import layer_rows
@@ -94,6 +94,11 @@ class _Run:
         self.recipe, self.output, self.progress = recipe, output, progress
         self.started = time.perf_counter()
         self.accelerator = Accelerator()
+        if self.accelerator.num_processes > 1:
+            raise FxQuantError(
+                f"fxquant run was started in {self.accelerator.num_processes} processes; it trains in one. Start it "
+                "without accelerate launch, or with --num_processes 1"
+            )
         self.data = load_data(recipe.data.name, recipe.data.image_size)
         self._rehearse()
         _seed_everything(recipe.seed)
@@ -103,6 +108,8 @@ class _Run:
         recipe = self.recipe
         checkpoint.write_json(self.output / checkpoint.RECIPE, recipe.model_dump(mode="json", by_alias=True))
         stage = state["stage"] if state else "float"
+        if state:
+            self.started -= state["seconds"]
         if stage == "float":
             self._train_float(state)
             state = None
@@ -123,13 +130,21 @@ class _Run:
         self.progress.prepared(model)
         history = self._train_quantized(model, state)
         budget = recipe.built_budget()
-        freeze(model, budget, calibration=plain_batches(self.data, recipe))
+        settle(model, budget, calibration=plain_batches(self.data, recipe))
         model.cpu()  # integer kernels and the exactness of sums are a matter of the CPU
+        simulated = predictions(model, self._test())
+        model.meta["fxquant"].calibration = None  # BatchNorm has been re-estimated
+        freeze(model, budget)
         reference = convert(model)
-        lowered = {b: lower(reference, b) for b in recipe.quantization.lower}
-        report = verify(model, reference, self._test(), lowered=lowered)
         checkpoint.save_integer_model(self.output / checkpoint.INTEGER_MODEL, recipe, reference.state_dict())
+        batches = plain_batches(self.data, recipe)
+        lowered = {b: lower(reference, b, calibration=batches) for b in recipe.quantization.lower}
+        report = verify(model, reference, self._test(), lowered=lowered)
         result = self._result(model, report, float_accuracy, history)
+        result["simulated"] = {
+            "accuracy": 100 * float((simulated == self.data.test_labels).double().mean()),
+            "argmax_agreement": 100 * float((simulated == predictions(model, self._test())).double().mean()),
+        }
         checkpoint.write_json(self.output / checkpoint.RESULT, result)
         return RunOutcome(result, report, model, reference, lowered)
 
@@ -138,6 +153,16 @@ class _Run:
         model = _prepared_without_data(self.recipe, self.data)
         for name in (self.recipe.float_training.optimizer, self.recipe.train.optimizer):
             make_optimizer(param_groups(model, 1e-3), name)
+        for backend in self.recipe.quantization.lower:
+            require_engine(backend)
+        classes = int(self.data.train_labels.max()) + 1
+        with torch.no_grad():
+            outputs = build_model(_offline(self.recipe)).eval()(self.data.train_images[:1]).shape[-1]
+        if outputs < classes:
+            raise FxQuantError(
+                f"the data set {self.recipe.data.name!r} has {classes} classes, the model {outputs} outputs; set "
+                f"model.options.num_classes = {classes}"
+            )
 
     # ---- stages ------------------------------------------------------------------------------------------
 
@@ -273,6 +298,7 @@ class _Run:
                     "optimizer": optimizer.state_dict(),
                     "scheduler": scheduler.state_dict(),
                     "random": _random_state(),
+                    "seconds": time.perf_counter() - self.started,
                     **extra_state(),
                 },
             )
@@ -344,7 +370,10 @@ def build_model(recipe: Recipe) -> nn.Module:
     names = timm.list_models()
     if recipe.model.name.split(".")[0] not in names:
         raise UnknownNameError("timm model", recipe.model.name, names)
-    return timm.create_model(recipe.model.name, pretrained=recipe.model.pretrained, **recipe.model.options)
+    try:
+        return timm.create_model(recipe.model.name, pretrained=recipe.model.pretrained, **recipe.model.options)
+    except (TypeError, ValueError) as error:
+        raise FxQuantError(f"timm cannot build {recipe.model.name} with {recipe.model.options}: {error}") from None
 
 
 def make_optimizer(groups: list[dict], name: str) -> torch.optim.Optimizer:
@@ -358,14 +387,15 @@ def make_optimizer(groups: list[dict], name: str) -> torch.optim.Optimizer:
 
 
 @torch.no_grad()
+def predictions(model: nn.Module, batches: Batches) -> Tensor:
+    """The argmax of each image, [N]."""
+    device = next(model.parameters()).device
+    return torch.cat([model(images.to(device)).argmax(-1).cpu() for images, _ in batches])
+
+
 def accuracy(model: nn.Module, batches: Batches) -> float:
     """Per cent of images whose argmax is their label."""
-    device = next(model.parameters()).device
-    right = total = 0
-    for images, labels in batches:
-        right += int((model(images.to(device)).argmax(-1) == labels.to(device)).sum())
-        total += len(labels)
-    return 100.0 * right / total
+    return 100 * float((predictions(model, batches) == batches.labels).double().mean())
 
 
 @dataclass
@@ -439,14 +469,18 @@ def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path, rec
 
 def _prepared_without_data(recipe: Recipe, data: ImageData) -> fx.GraphModule:
     """A recipe's prepared model with the right structure and no ranges yet, to load a file into."""
-    offline = recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": False})})
     return prepare(
-        build_model(offline),
+        build_model(_offline(recipe)),
         recipe.built_rules(),
         example_inputs=(data.train_images[:1],),
         backend=recipe.quantization.backend,
         residual_bits=recipe.quantization.residual_bits,
     )
+
+
+def _offline(recipe: Recipe) -> Recipe:
+    """The recipe without pretrained weights."""
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": False})})
 
 
 def plain_batches(data: ImageData, recipe: Recipe) -> Batches:

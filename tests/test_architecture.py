@@ -73,8 +73,9 @@ def test_importing_fxquant_is_light():
 def test_public_api():
     assert fxquant.__all__ == sorted(fxquant.__all__)
     assert set(fxquant.__all__) == {
-        "Budget", "Controller", "FxQuantError", "QATLoss", "Rule", "convert", "freeze", "get_backend_config",
-        "get_qat_qconfig", "get_qat_qconfig_mapping", "lower", "param_groups", "prepare", "verify",
+        "Budget", "Controller", "FxQuantError", "QATLoss", "Rule", "calibrate", "convert", "freeze",
+        "get_backend_config", "get_qat_qconfig",
+        "get_qat_qconfig_mapping", "lower", "param_groups", "prepare", "verify",
     }  # fmt: skip
     for name in fxquant.__all__:
         assert getattr(fxquant, name).__doc__, name

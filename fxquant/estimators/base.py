@@ -95,6 +95,7 @@ class Estimator(FakeQuantizeBase):
         self.axis = axis if channels > 1 else None
         self.layer_input = layer_input
         self.where = "a quantizer"  # the tensor's name in messages; prepare() sets it
+        self.may_refit = False  # whether an eval forward sees training data (freeze sets it)
         self._observer: ranges.RangeObserver | None = None
         self._calibrating = False
 

@@ -155,7 +155,7 @@ class GDNSQ(LearnedStep):
         super().fix_width(bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._refit and not self._frozen:
+        if self._refit and (self.training or self.may_refit):
             self.refit.zero_()
             self.initialize_from(x)
         if self.learns_width and self.scheme == "symmetric":
@@ -202,10 +202,11 @@ class GDNSQ(LearnedStep):
             if not group:
                 continue
             excess = torch.cat([(e.bit_width() - (e.target - _MARGIN)).clamp(min=0) for e in group])
-            parts.append(excess.mean() * (excess.detach() > 0).to(excess.dtype).mean())
+            heat = torch.cat([e.weight_range.new_full((e.channels,), e.temperature) for e in group])
+            parts.append((heat * excess).mean() * (excess.detach() > 0).to(excess.dtype).mean())
         if not parts:
             return None
-        return squeezed[0].temperature * task_loss * torch.stack(parts).sum()
+        return task_loss * torch.stack(parts).sum()
 
     def _read_flags(self) -> None:
         super()._read_flags()

@@ -1,5 +1,5 @@
 """Lowering: the reference integer graph to something that ships. One file a target."""
 
-from .native import LoweredLayer, lower
+from .native import LoweredLayer, lower, require_engine
 
-__all__ = ["LoweredLayer", "lower"]
+__all__ = ["LoweredLayer", "lower", "require_engine"]

@@ -66,17 +66,22 @@ def lower(
     """
     info = prepared_info(reference)
     backend = get_backend(backend or info.backend).name
-    if backend not in torch.backends.quantized.supported_engines:
-        raise SpecError(
-            f"backend {backend!r} was asked for; this build of torch has the engines "
-            f"{', '.join(torch.backends.quantized.supported_engines)}"
-        )
+    require_engine(backend)
     data = calibration if calibration is not None else info.calibration
     if data is None:
         raise SpecError("lower needs one batch to check kernels against: pass calibration=loader")
     batch = next(_images(data))
     with _kernels(backend):
         return _Lowering(copy.deepcopy(reference), backend, batch).run()
+
+
+def require_engine(backend: str) -> None:
+    """Raises :class:`SpecError` where this build of torch lacks a backend's engine."""
+    if backend not in torch.backends.quantized.supported_engines:
+        raise SpecError(
+            f"backend {backend!r} was asked for; this build of torch has the engines "
+            f"{', '.join(torch.backends.quantized.supported_engines)}"
+        )
 
 
 class _Lowering:
@@ -151,7 +156,7 @@ class _Lowering:
             native = build()
             with torch.no_grad():
                 got = native(*(self.values[i.name] for i in inputs))
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError) as error:
             self.report.append(LoweredLayer(node.name, "reference", reason=str(error).splitlines()[0]))
             return
         # A float result (the classifier) is compared in units of its own sums, which are integers.
