@@ -28,8 +28,8 @@ def freeze(
     Args:
         model: from :func:`fxquant.prepare`.
         budget: what the whole widths must keep to.
-        calibration: batches for BatchNorm; those given to ``prepare`` when not given here. Without either,
-            BatchNorm keeps its running statistics.
+        calibration: batches for BatchNorm; those given to ``prepare`` when not given here. Without either, or with
+            an empty tuple, BatchNorm keeps its running statistics.
 
     Returns:
         (weight bits, activation bits) of each quantized layer, by name.
@@ -55,7 +55,7 @@ def settle(
         estimator.require_initialized()
     widths = fix_widths(model, budget)
     data = calibration if calibration is not None else info.calibration
-    if data is not None and not all(layer.frozen for layer in cost.qat_layers(model).values()):
+    if data is not None and data != () and not all(layer.frozen for layer in cost.qat_layers(model).values()):
         for estimator in estimators:
             estimator.may_refit = True  # these are training data
         reestimate_batch_norm(model, data)

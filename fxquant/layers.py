@@ -115,7 +115,7 @@ class QATLayer(nn.Module):
         out = self._compute(x, self.weight_fake_quant(self.weight))
         if self.bn is not None:
             out = self.bn(out)
-        if self.input_fake_quant is not None and (self.bn is not None or self.bias is not None):
+        if self._rounds_its_bias():
             out = out + grid.channel_view(self.bias_rounding(), out.ndim, self._channel_axis)
         return activate(out, self.relu, self.ceiling)
 
@@ -170,12 +170,18 @@ class QATLayer(nn.Module):
         At low widths that step is no trifle, so training and evaluation see it as deployment will; no gradient flows
         through it (straight-through). Channels that :meth:`integer_parameters` coarsens are left out.
         """
-        if not self.input_fake_quant._initialized:
-            return self.weight.new_zeros(self.weight.shape[0])  # the first batch sets the range
         scale, bias, _ = self.folded_scale()
         step = scale * self.input_fake_quant.step().to(torch.float64)
-        added = torch.round(bias / step) * step - bias
-        return torch.where(bias.abs() <= step * _MAX_BIAS, added, 0.0).to(torch.float32)
+        whole = (step > 0) & (bias.abs() <= step * _MAX_BIAS)
+        added = torch.round(bias / torch.where(whole, step, 1.0)) * step - bias
+        return torch.where(whole, added, 0.0).to(torch.float32)
+
+    def _rounds_its_bias(self) -> bool:
+        """Whether there is a bias, and a grid of sums to round it to: both quantizers on, with their ranges set."""
+        entry, weight = self.input_fake_quant, self.weight_fake_quant
+        if entry is None or (self.bn is None and self.bias is None):
+            return False
+        return entry._initialized and entry._fake_quantize and not entry._calibrating and weight._fake_quantize
 
     @torch.no_grad()
     def integer_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

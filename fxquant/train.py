@@ -133,8 +133,7 @@ class _Run:
         settle(model, budget, calibration=plain_batches(self.data, recipe))
         model.cpu()  # integer kernels and the exactness of sums are a matter of the CPU
         simulated = predictions(model, self._test())
-        model.meta["fxquant"].calibration = None  # BatchNorm has been re-estimated
-        freeze(model, budget)
+        freeze(model, budget, calibration=())  # BatchNorm has been re-estimated
         reference = convert(model)
         checkpoint.save_integer_model(self.output / checkpoint.INTEGER_MODEL, recipe, reference.state_dict())
         batches = plain_batches(self.data, recipe)

@@ -160,6 +160,28 @@ def test_interrupt_keeps_the_last_epoch_and_resume_goes_on(tmp_path):
     assert (folder / "result.json").exists()
 
 
+def test_compare_with_a_foreign_result(tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    done = fxquant("compare", tmp_path)
+    assert done.returncode == 2
+    assert "is no result of fxquant run" in done.stderr
+
+
+def test_coverage_of_a_model_is_resumed(tmp_path):
+    (tmp_path / "models.txt").write_text("test_resnet 64  # small\n\nno_such_model 64\n")
+    arguments = ["coverage", "--models", tmp_path / "models.txt", "--output", tmp_path, "--bits", "4"]
+    done = fxquant(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "test_resnet: ok; 16 layers, MACs on integers 100.0%" in done.stdout
+    assert "1 of 2 models pass every stage" in done.stdout
+    assert "no_such_model: create:" in done.stdout
+    table = (tmp_path / "coverage_w4.csv").read_text()
+    assert len(table.splitlines()) == 3
+    again = fxquant(*arguments, "--resume")
+    assert again.stdout == done.stdout
+    assert (tmp_path / "coverage_w4.csv").read_text() == table
+
+
 def test_failed_parity_is_its_own_exit_status(monkeypatch, digits_run, tmp_path):
     from fxquant import cli
     from fxquant.verify import LoweredParity

@@ -81,7 +81,7 @@ def test_whole_widths_lose_their_noise_too(images):
 def test_finetune_learns_what_will_ship(images):
     """Weights and ranges go on learning in finetune; widths do not."""
     model = prepared(images)
-    controller = Controller(model, 4)
+    controller = Controller(model, 4, budget=Budget(mean_weight_bits=4))
     for _ in range(3):
         controller.step()
     model(images).square().sum().backward()
@@ -89,6 +89,17 @@ def test_finetune_learns_what_will_ship(images):
         assert layer.weight.grad.any()
         assert layer.weight_fake_quant.raw_range.grad.any()
         assert layer.weight_fake_quant.raw_width.grad is None
+
+
+def test_without_a_budget_learned_widths_stay_open_until_freeze(images):
+    model = prepared(images)
+    controller = Controller(model, 4)
+    for _ in range(4):
+        controller.step()
+    assert all(layer.weight_fake_quant.learns_width for layer in cost.qat_layers(model).values())
+    widths = fxquant.freeze(model, Budget(mean_weight_bits=4), calibration=[images])
+    sizes = {name: layer.weight.numel() for name, layer in cost.qat_layers(model).items()}
+    assert sum(widths[name][0] * size for name, size in sizes.items()) <= 4 * sum(sizes.values())
 
 
 def test_an_unreachable_budget(images):

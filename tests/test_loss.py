@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fxquant
 from fxquant import Budget, QATLoss, Rule, cost
-from fxquant.estimators import PEGE
+from fxquant.estimators import PEGE, Estimator
 from fxquant.loss import jeffreys, soft_cross_entropy
 from tests.models import TinyResidual
 
@@ -75,13 +75,14 @@ def test_parts_sum_to_the_total(images, distillation):
     weights = {"task_weight": 0.5, "distillation_weight": 3.0, "budget_weight": 7.0}
     budget = Budget(mean_weight_bits=2.5)
     loss = QATLoss(F.cross_entropy, budget, teacher=teacher, distillation=distillation, **weights)
+    twin = copy.deepcopy(model)  # a forward in training mode moves BatchNorm's statistics
     parts = loss(model, images, LABELS)
     expected = 0.5 * parts.task + 3.0 * parts.distillation + 7.0 * parts.budget + parts.estimator
     torch.testing.assert_close(parts.total, expected)
     assert min(parts) > 0
     assert parts.budget.item() == pytest.approx(0.125)  # smooth_l1 of half a bit
     with torch.no_grad():
-        logits, wanted = model(images), teacher.eval()(images)
+        logits, wanted = twin(images), teacher.eval()(images)
     assert parts.task.item() == pytest.approx(F.cross_entropy(logits, LABELS).item(), rel=1e-5)
     divergence = getattr(rederived, distillation)(logits.double(), wanted.double())
     assert parts.distillation.item() == pytest.approx(divergence.item(), rel=1e-4)
@@ -97,6 +98,10 @@ def test_discretization_error_is_a_part(images):
     """PEGE's term: the mean over all quantized tensors of its own error, and gone from the next step's."""
     model = prepared(images, "pege", 3, weight=0.25)
     loss = QATLoss(F.cross_entropy)
+    model.eval()(images)  # statistics as they are, so that two forwards see the same
+    for module in model.modules():
+        if isinstance(module, Estimator):
+            module.train()
     parts = loss(model, images, LABELS)
     layers = cost.qat_layers(model).values()
     weights = [m.weight_fake_quant.discretization_error(m.weight) for m in layers]
@@ -141,12 +146,13 @@ def test_running_mean_of_the_task_loss(images):
 
 
 def test_teacher_is_no_part_of_the_objective(images):
-    """No gradient, no parameter, no state, eval mode whatever the loss is told; its weights and statistics stay."""
+    """No gradient, no parameter, no state, and the user's model stays as it is: mode, weights, statistics."""
     teacher = TinyResidual().train()
     before = copy.deepcopy(teacher.state_dict())
     loss = QATLoss(nn.CrossEntropyLoss(), teacher=teacher)
     loss.train()
-    assert not teacher.training
+    assert teacher.training
+    assert all(p.requires_grad for p in teacher.parameters())
     loss(prepared(images), images, LABELS).total.backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert not list(loss.parameters())

@@ -289,7 +289,8 @@ def test_a_model_that_cannot_be_captured_is_refused():
 
 def test_a_submodule_that_cannot_be_captured_stays_float():
     x = images()
-    model = fq.prepare(Branching(), [Rule("*", 4, 4)], calibration=[x])
+    with pytest.warns(UserWarning, match=r"kept in float, as one call: submodule 'block\.1' .* if x\.sum\(\) > 0"):
+        model = fq.prepare(Branching(), [Rule("*", 4, 4)], calibration=[x])
     (reason,) = model.meta["fxquant"].opaque.values()
     assert "if x.sum() > 0" in reason
     fq.freeze(model)
@@ -309,9 +310,12 @@ def test_an_empty_loader_is_refused(empty):
     refused(EmptyDataError, r"the calibration data yielded no batch; .* mind drop_last", tiny(), calibration=empty)
 
 
-def test_an_exhausted_iterator_is_refused():
-    batches = iter([images()])
-    refused(EmptyDataError, r"not an exhausted iterator", tiny(), calibration=batches)
+def test_an_iterator_that_can_be_read_once_is_kept():
+    """The first batch traces, all of them calibrate, and freeze reads them again."""
+    model = fq.prepare(TinyResidual(), [Rule("*", 4, 4)], calibration=iter([images(), images()]))
+    assert len(list(model.meta["fxquant"].calibration)) == 2
+    fq.freeze(model)
+    assert copy.deepcopy(model).meta["fxquant"].calibration is model.meta["fxquant"].calibration
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fxquant import checkpoint
-from fxquant.errors import CheckpointError, NonFiniteError, OutputFolderError, RuleError
+from fxquant.errors import CheckpointError, FxQuantError, NonFiniteError, OutputFolderError, RuleError
 from fxquant.recipe import load_recipe
 from fxquant.train import Silent, load_run, run
 from fxquant.verify import verify
@@ -43,6 +43,37 @@ def test_resume_ends_with_the_same_integers(name, tmp_path):
         assert torch.equal(tensor, resumed.reference.state_dict()[name]), name
     drop = lambda result: {k: v for k, v in result.items() if k != "seconds"}  # noqa: E731
     assert drop(whole.result) == drop(resumed.result)
+
+
+def test_a_run_cut_before_its_first_checkpoint_resumes(tmp_path):
+    recipe = load_recipe(RECIPES / "digits_w4a4_nipq.toml", SHORT)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path, progress=Cut("float", 1))
+    assert [p.name for p in tmp_path.iterdir()] == ["recipe.json"]
+    with pytest.raises(CheckpointError, match="begun with another recipe"):
+        run(load_recipe(RECIPES / "digits_w4a4_nipq.toml", SHORT, seed=4), tmp_path, resume=True)
+    assert run(recipe, tmp_path, resume=True).report.reference_equals_fake_quant
+
+
+def test_the_simulated_model_is_the_one_that_ships(digits_run):
+    """Evaluated in float, before scales are frozen, it chooses what the integers choose."""
+    outcome, _ = digits_run
+    assert outcome.result["simulated"]["argmax_agreement"] == 100
+    assert outcome.result["simulated"]["accuracy"] == outcome.result["reference_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.options.num_classes=5", r"has 10 classes, the model 5 outputs; set model.options.num_classes = 10"),
+        ("model.options.num_classes=many", r"timm cannot build test_resnet with .*'many'"),
+    ],
+)
+def test_a_model_that_does_not_fit_shows_before_training(tmp_path, override, message):
+    recipe = load_recipe(RECIPES / "digits_w4a4_nipq.toml", [override])
+    with pytest.raises(FxQuantError, match=message):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_integer_model_reads_back_bit_for_bit(digits_run):
