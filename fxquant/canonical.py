@@ -65,18 +65,20 @@ def remove_identities(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
         module = _module(traced, node)
         if isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
 
 
 def split_batch_norm_act(traced: fx.GraphModule) -> None:
     """``BatchNormAct2d`` (most of timm's mobile and efficient nets) to a BatchNorm2d of the same name and parameters
     and the activation after it; traced through, it would bake ``training=True``."""
-    for node in list(traced.graph.nodes):
-        module = _module(traced, node)
+    called = {node: _module(traced, node) for node in traced.graph.nodes}  # a module may be called more than once
+    for node, module in called.items():
         if not isinstance(module, nn.BatchNorm2d) or type(module) is nn.BatchNorm2d or not hasattr(module, "act"):
             continue
-        plain = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine, device="meta")
+        plain = nn.BatchNorm2d(
+            module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta"
+        )
         plain.weight, plain.bias = module.weight, module.bias
         for name, buffer in module.named_buffers(recurse=False):
             setattr(plain, name, buffer)
@@ -102,23 +104,25 @@ def static_convolutions(traced: fx.GraphModule) -> None:
     TensorFlow's SAME padding (``tf_*``, ``mixnet``) becomes a number, or a pad before the convolution where it is
     lopsided; a standardised weight (``nfnet``, ``nf_*``, ``resnetv2``) is computed once.
     """
-    for node in list(traced.graph.nodes):
-        module = _module(traced, node)
-        if not isinstance(module, nn.Conv2d):
-            continue
+    calls: dict[nn.Conv2d, list[fx.Node]] = {}
+    for node in traced.graph.nodes:
+        if isinstance(module := _module(traced, node), nn.Conv2d):
+            calls.setdefault(module, []).append(node)
+    for module, nodes in calls.items():
         if type(module) is nn.Conv2d and not isinstance(module.padding, str) and module.padding_mode == "zeros":
             continue
-        shape = node.args[0].meta.get("shape")
-        static = _static(module, shape) if shape is not None else None
-        if static is None:
-            continue
-        conv, pad = static
-        _replace(traced, node.target, conv.train(module.training))
-        if any(pad):
+        shapes = [node.all_input_nodes[0].meta.get("shape") for node in nodes]
+        forms = [_static(module, shape) if shape is not None else None for shape in shapes]
+        if None in forms or len({(conv.padding, pad) for conv, pad in forms}) > 1:
+            continue  # called on sizes that it pads differently
+        conv, pad = forms[0]
+        _replace(traced, nodes[0].target, conv.train(module.training))
+        for node in nodes if any(pad) else ():
             with traced.graph.inserting_before(node):
-                padded = traced.graph.call_function(F.pad, (node.args[0], list(pad)))
-            padded.meta["dtype"] = node.args[0].meta.get("dtype")
-            node.args = (padded,)
+                (x,) = node.all_input_nodes
+                padded = traced.graph.call_function(F.pad, (x, list(pad)))
+            padded.meta["dtype"] = x.meta.get("dtype")
+            node.replace_input_with(x, padded)
 
 
 def _static(module: nn.Conv2d, shape: torch.Size) -> tuple[nn.Conv2d, tuple[int, ...]] | None:
@@ -150,9 +154,10 @@ def _static(module: nn.Conv2d, shape: torch.Size) -> tuple[nn.Conv2d, tuple[int,
     if even:
         conv.padding, pad = (pad[2], pad[0]), (0, 0, 0, 0)
     with torch.no_grad():
-        got = conv(F.pad(x, pad) if any(pad) else x)
-    if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-4, atol=1e-5):
-        return None
+        for trial in (x, 2 * torch.randn(shape).to(x) + 1):  # a weight made from the input fits one input alone
+            want, got = module(trial), conv(F.pad(trial, pad) if any(pad) else trial)
+            if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-4, atol=1e-5):
+                return None
     return conv, pad
 
 
@@ -184,16 +189,20 @@ def name_relu6(traced: fx.GraphModule) -> None:
         module = _module(traced, node)
         hardtanh = type(module) is nn.Hardtanh and (module.min_val, module.max_val) == (0, 6)
         function = node.op == "call_function" and (
-            node.target is F.relu6 or (node.target is F.hardtanh and tuple(node.args[1:3]) == (0, 6))
+            node.target is F.relu6 or (node.target is F.hardtanh and _bounds(*node.args, **node.kwargs) == (0, 6))
         )
         if hardtanh or function:
             name = _fresh(traced, f"{node.name}_relu6")
             traced.add_submodule(name, nn.ReLU6())
             with traced.graph.inserting_after(node):
-                call = traced.graph.call_module(name, (node.args[0],))
+                call = traced.graph.call_module(name, tuple(node.all_input_nodes))
             call.meta.update(node.meta)
             node.replace_all_uses_with(call)
             traced.graph.erase_node(node)
+
+
+def _bounds(input, min_val=-1.0, max_val=1.0, inplace=False) -> tuple[float, float]:
+    return min_val, max_val
 
 
 MODULE_PASSES = (open_fused_attention, plain_linear)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -27,11 +28,21 @@ _ATTRIBUTES = {
     "dtype", "device", "ndim", "layout", "is_cuda", "is_mps", "is_quantized", "is_sparse", "is_nested", "names",
     "itemsize",
 }  # fmt: skip
+# What gives Python a value, or decides by values.
+_READS = {"item", "tolist", "numpy", "__bool__", "__len__", "equal", "allclose", "is_nonzero"}
 _VIEWS = {"T", "mT", "H", "data", "real", "imag"}
 
 
 class DataDependent(Exception):
     """Python asked for the value of a tensor that depends on the input."""
+
+
+class _NoArguments(tuple):
+    """The ``*args`` of a forward that is given none; a class of its own, which fx does not take apart."""
+
+
+class _NoKeywords(dict):
+    """The ``**kwargs`` of a forward that is given none."""
 
 
 class BatchInt(int):
@@ -90,17 +101,24 @@ def size_mod(a: int, b: int) -> int:
     return a % b
 
 
+def size_pow(a: int, b: int) -> int:
+    """a ** b, on sizes."""
+    return a**b
+
+
 _ON_TENSORS = {
     size_add: operator.add,
     size_sub: operator.sub,
     size_mul: operator.mul,
     size_floordiv: operator.floordiv,
     size_mod: operator.mod,
+    size_pow: operator.pow,
 }
 for _function, _operator in _ON_TENSORS.items():
     _forward, _reflected = _arithmetic(_function)
     setattr(BatchInt, f"__{_operator.__name__}__", _forward)
     setattr(BatchInt, f"__r{_operator.__name__}__", _reflected)
+BatchInt.__neg__ = lambda self: self * -1
 
 
 def assign(x: Tensor, index: Any, value: Any) -> Tensor:
@@ -175,7 +193,7 @@ def _in_place(function: Callable) -> Callable:
     return augmented
 
 
-for _function in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "and_", "or_"):
+for _function in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_"):
     setattr(ValueProxy, f"__i{_function.rstrip('_')}__", _in_place(getattr(operator, _function)))
 
 
@@ -199,6 +217,7 @@ class Capture(fx.Tracer):
         self.examples, self.opaque, self._is_leaf = examples, opaque, is_leaf
         self.current = ""
         self._placeholders = 0
+        self._in_place: set[nn.Module] = set()
         self._running = False
 
     def trace(self, root: nn.Module, concrete_args=None) -> fx.Graph:
@@ -224,6 +243,8 @@ class Capture(fx.Tracer):
     def create_proxy(self, kind, target, args, kwargs, name=None, type_expr=None, proxy_factory_fn=None):
         if kind == "placeholder":
             index, self._placeholders = self._placeholders, self._placeholders + 1
+            if target.startswith("*"):  # *args, **kwargs: none are given
+                return _NoKeywords() if target.startswith("**") else _NoArguments()
             node = self.create_node(kind, target, self.create_arg(args), {}, name, type_expr)
             if index >= len(self.examples[0]):
                 return args[0] if args else None
@@ -232,15 +253,14 @@ class Capture(fx.Tracer):
             return ValueProxy(node, self, values, True)
         if kind == "call_method":
             subject = args[0]
-            if target in _QUERIES and isinstance(subject, ValueProxy):
+            casts = target == "type" and len(args) + len(kwargs) > 1
+            if target in _QUERIES and isinstance(subject, ValueProxy) and not casts:
                 return self._query(target, subject, args[1:], kwargs)
-            if target in ("item", "tolist", "__bool__", "__len__"):
-                return getattr(subject._known(), target)()
             if target.endswith("_") and not target.endswith("__"):
                 pure = self._pure(target.rstrip("_"), subject, args[1:], kwargs)
                 return subject.become(pure)
         if kind == "call_function":
-            pure = getattr(torch, getattr(target, "__name__", "")[:-1], None) if _is_in_place(target) else None
+            pure = _pure_function(target)
             if pure is not None or kwargs.get("inplace") is True:
                 kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
                 return args[0].become(self.create_proxy(kind, pure or target, args, kwargs))
@@ -248,14 +268,21 @@ class Capture(fx.Tracer):
             module = self.root.get_submodule(target)
             if getattr(module, "inplace", False) is True:
                 module.inplace = False  # the module is the tracer's own copy
-                return args[0].become(self.create_proxy(kind, target, args, kwargs))
+                self._in_place.add(module)
+        if _name(target) in _READS:
+            for operand in tree_flatten((args, kwargs))[0]:
+                if isinstance(operand, ValueProxy):
+                    operand._known()
         args_, kwargs_ = self.create_arg(args), self.create_arg(kwargs)
         values = tuple(self._run(kind, target, args, kwargs, batch) for batch in (0, 1))
         node = self.create_node(kind, target, args_, kwargs_, name, type_expr)
         operands, _ = tree_flatten((args, kwargs))
         dependent = kind == "call_module" or any(getattr(o, "dependent", False) for o in operands)
         describe(node, values[0], dependent)
-        return self._wrap(node, values, dependent)
+        out = self._wrap(node, values, dependent)
+        if kind == "call_module" and module in self._in_place:
+            return (*args, *kwargs.values())[0].become(out)
+        return out
 
     def _pure(self, method, subject, args, kwargs):
         if method in ("copy",):
@@ -276,6 +303,8 @@ class Capture(fx.Tracer):
                 parts = tuple(v[index] for v in values)
                 describe(item, parts[0], dependent)
                 items.append(self._wrap(item, parts, dependent))
+            if type(first).__module__ == "torch.return_types":
+                return type(first)(items)
             return tuple(items) if isinstance(first, tuple) else items
         if isinstance(first, int) and not isinstance(first, bool) and values[0] != values[1]:
             return BatchInt.make(self, node, values)
@@ -328,14 +357,12 @@ class Capture(fx.Tracer):
         return values[0]
 
     def integer(self, function: Callable, a: Any, b: Any):
-        """Arithmetic of sizes: a number where it does not depend on the batch after all, else a node."""
+        """Arithmetic of sizes: a node even where both examples agree, as B // 2 does for 2 and 3."""
         if isinstance(a, ValueProxy) or isinstance(b, ValueProxy):
             return self.create_proxy("call_function", _ON_TENSORS[function], (a, b), {})
         if isinstance(a, float) or isinstance(b, float):
             return function(*(int(v) if isinstance(v, BatchInt) else v for v in (a, b)))
         values = tuple(function(*(v.values[k] if isinstance(v, BatchInt) else v for v in (a, b))) for k in (0, 1))
-        if values[0] == values[1]:
-            return values[0]
         node = self.create_node("call_function", function, self.create_arg((a, b)), {})
         return BatchInt.make(self, node, values)
 
@@ -362,10 +389,17 @@ def _unslice(value: Any, batch: int) -> Any:
     return value
 
 
-def _is_in_place(function: Any) -> bool:
-    """Whether a function is one of ``torch.relu_`` and its kind."""
-    name = getattr(function, "__name__", "")
-    return name.endswith("_") and not name.endswith("__") and getattr(torch, name, None) is function
+def _name(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
+
+
+def _pure_function(function: Any) -> Callable | None:
+    """The pure form of ``torch.relu_``, ``F.elu_`` and their kind; None for functions of another kind."""
+    name = _name(function)
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    homes = (home for home in (torch, F, Tensor) if getattr(home, name, None) is function)
+    return next((getattr(home, name[:-1], None) for home in homes), None)
 
 
 def _attribute(root: nn.Module, path: str) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten
 
 from . import cost
 from ._torch_ao import QConfigMapping, deprecations_silenced, prepare_captured
@@ -310,8 +311,8 @@ def _is_arithmetic(node: fx.Node) -> bool:
     """An operator that combines tensors which the input reaches; ``x * 0.5`` and ``x + position`` are float."""
     if node.op != "call_function" or node.target not in EDGE_OPERATORS:
         return False
-    operands = node.all_input_nodes
-    return len(operands) + (node.target is not torch.cat) > 1 and all(_carries_activations(o) for o in operands)
+    operands = [operand for operand in tree_flatten(node.args)[0] if isinstance(operand, fx.Node)]
+    return len(operands) > 1 and all(_carries_activations(o) for o in operands)
 
 
 def _carries_activations(node: fx.Node) -> bool:

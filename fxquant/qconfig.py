@@ -187,5 +187,9 @@ def _is_edge_pattern(pattern) -> bool:
 
 
 def _static_only(config: BackendPatternConfig) -> BackendPatternConfig:
-    """torch.ao's pattern, for 8-bit static activations alone."""
+    """torch.ao's pattern, for 8-bit static activations alone; arithmetic with a number stays float."""
+    observed = dict(config._num_tensor_args_to_observation_type)
+    if observed:  # torch.ao would put x and x * 0.2 on one grid
+        observed[1] = ObservationType.INPUT_OUTPUT_NOT_OBSERVED
+        config._set_num_tensor_args_to_observation_type(observed)
     return config.set_dtype_configs([DTypeConfig(input_dtype=torch.quint8, output_dtype=torch.quint8)])

@@ -1,0 +1,462 @@
+"""Rewrites: the same numbers, the same names, the user's model untouched; and each does what it is there for."""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+
+import pytest
+import timm.layers
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from fxquant import canonical
+from fxquant.capture import Capture
+from fxquant.trace import trace
+
+
+def images(size: tuple[int, int] = (9, 10)) -> torch.Tensor:
+    return 4 * torch.randn(2, 3, *size)
+
+
+class Fn(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def randomised(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """No parameter or statistic as it was initialised."""
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    model.train()
+    with torch.no_grad():
+        for _ in range(5):
+            model(x)
+    return model.eval()
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers by name."""
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+
+def captured(model: nn.Module, x: torch.Tensor) -> fx.GraphModule:
+    """The bare capture, before the passes on the graph."""
+    root = copy.deepcopy(model).eval()
+    tracer = Capture(((x,), (torch.cat([x, x[:1]]),)), is_leaf=canonical.is_leaf)
+    return fx.GraphModule(root, tracer.trace(root))
+
+
+def after(rewrite, model: nn.Module, x: torch.Tensor, lost: frozenset[str] = frozenset()) -> nn.Module:
+    """``rewrite`` alone on a copy of ``model``; checks what holds for every pass.
+
+    ``lost`` names the parameters and buffers that may be gone.
+    """
+    model.eval()
+    text, state = repr(model), {name: t.clone() for name, t in state_of(model).items()}
+    with torch.no_grad():
+        want = model(x)
+    out = copy.deepcopy(model) if rewrite in canonical.MODULE_PASSES else captured(model, x)
+    names = set(state_of(out))
+    rewrite(out)
+    if isinstance(out, fx.GraphModule):
+        out.graph.lint()
+        out.recompile()
+    with torch.no_grad():
+        assert (out.eval()(x) - want).abs().max() <= 1e-5 * want.abs().max()
+    kept = state_of(out)
+    assert names - set(kept) == lost
+    assert set(kept) <= names
+    assert not any(t.is_meta for t in kept.values())
+    assert repr(model) == text
+    assert all(torch.equal(t, state[name]) for name, t in state_of(model).items())
+    return out
+
+
+def calls(graph: fx.GraphModule) -> list:
+    """What the graph calls: types of modules, functions, names of methods."""
+    return [
+        type(graph.get_submodule(n.target)) if n.op == "call_module" else n.target
+        for n in graph.graph.nodes
+        if n.op.startswith("call")
+    ]
+
+
+def block(norm: nn.Module, channels: int = 4) -> nn.Module:
+    return randomised(nn.Sequential(nn.Conv2d(3, channels, 3, bias=False), norm), images())
+
+
+EXAMPLES = {
+    canonical.open_fused_attention: lambda: nn.Sequential(nn.Flatten(2), timm.layers.Attention(90, 3)),
+    canonical.plain_linear: lambda: nn.Sequential(nn.Flatten(), timm.layers.Linear(270, 4)),
+    canonical.name_arithmetic_alike: lambda: Fn(lambda x: torch.add(x, x.mul(x.relu()))),
+    canonical.split_batch_norm_act: lambda: block(timm.layers.BatchNormAct2d(4)),
+    canonical.remove_identities: lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.ReLU(), nn.Dropout(0.0)),
+    canonical.static_convolutions: lambda: nn.Sequential(timm.layers.Conv2dSame(3, 4, 3, stride=2), nn.ReLU()),
+    canonical.name_relu6: lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardtanh(0, 6)),
+}
+
+
+@pytest.mark.parametrize("rewrite", [*canonical.MODULE_PASSES, *canonical.GRAPH_PASSES], ids=lambda r: r.__name__)
+def test_every_pass_keeps_numbers_names_and_the_model(rewrite):
+    """And does something: an example of what it is for is not what it was."""
+    model = EXAMPLES[rewrite]()
+    out = after(rewrite, model, images())
+    if isinstance(out, fx.GraphModule):
+        assert calls(out) != calls(captured(model, images()))
+    else:
+        before, now = ([(type(m), vars(m).get("fused_attn")) for m in n.modules()] for n in (model, out))
+        assert before != now
+
+
+# ---- on modules ------------------------------------------------------------------------------------------
+
+
+def test_fused_attention_is_opened():
+    model, x = timm.layers.Attention(12, 3), torch.randn(2, 5, 12)
+    model.fused_attn = True
+    assert not after(canonical.open_fused_attention, model, x).fused_attn
+    assert model.fused_attn
+    targets = calls(trace(model, (x,)))
+    assert F.scaled_dot_product_attention not in targets
+    assert targets.count(operator.matmul) == 2
+    assert "softmax" in targets
+
+
+class CosineLinear(nn.Linear):
+    def forward(self, x):
+        return F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+class NamedLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(("kind", "plain"), [(timm.layers.Linear, True), (NamedLinear, True), (CosineLinear, False)])
+def test_a_subclass_of_linear_becomes_plain_only_if_it_computes_the_same(kind, plain):
+    model = nn.Sequential(nn.Linear(6, 6), kind(6, 4))
+    out = after(canonical.plain_linear, model, torch.randn(3, 6))
+    assert type(out[1]) is (nn.Linear if plain else kind)
+    assert type(model[1]) is kind
+
+
+# ---- spelling --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "target"),
+    [
+        (lambda x: x.add(x * 2), operator.add),
+        (lambda x: torch.add(x, x * 2), operator.add),
+        (lambda x: x * 2 + x, operator.add),
+        (lambda x: x.mul(x * 2), operator.mul),
+        (lambda x: torch.mul(x, x * 2), operator.mul),
+        (lambda x: torch.relu(x * 2), F.relu),
+        (lambda x: (x * 2).relu(), F.relu),
+        (lambda x: (x * 2).relu_(), F.relu),
+        (lambda x: F.relu(x * 2, inplace=True), F.relu),
+        (lambda x: torch.add(x * 2, x, alpha=3), torch.add),  # not what + says
+        (lambda x: (x * 2).add(x, alpha=3), "add"),
+    ],
+)
+def test_arithmetic_is_spelled_alike(function, target):
+    assert calls(after(canonical.name_arithmetic_alike, Fn(function), images())) == [operator.mul, target]
+
+
+RELU6 = {
+    "F.relu6": F.relu6,
+    "F.relu6 in place": lambda x: F.relu6(x, inplace=True),
+    "F.hardtanh": lambda x: F.hardtanh(x, 0, 6),
+    "F.hardtanh of floats": lambda x: F.hardtanh(x, 0.0, 6.0),
+    "F.hardtanh by keyword": lambda x: F.hardtanh(x, min_val=0.0, max_val=6.0, inplace=True),
+    "nn.ReLU6": nn.ReLU6(),
+    "nn.ReLU6 in place": nn.ReLU6(inplace=True),
+    "nn.Hardtanh": nn.Hardtanh(0, 6),
+    "nn.Hardtanh in place": nn.Hardtanh(0.0, 6.0, inplace=True),
+}
+OTHERS = {
+    "F.hardtanh(x)": F.hardtanh,
+    "F.hardtanh(x, -6, 6)": lambda x: F.hardtanh(x, -6, 6),
+    "F.hardtanh(x, 0, 1)": lambda x: F.hardtanh(x, 0.0, 1.0),
+    "nn.Hardtanh()": nn.Hardtanh(),
+    "nn.Hardtanh(0, 5)": nn.Hardtanh(0, 5),
+}
+
+
+@pytest.mark.parametrize("name", [*RELU6, *OTHERS])
+def test_relu6_is_named_in_every_spelling_and_nothing_else_is(name):
+    x, activation = images(), (RELU6 | OTHERS)[name]
+    out = after(canonical.name_relu6, nn.Sequential(Fn(lambda x: x * 2), Fn(activation)), x)
+    assert x.max() > 3  # so that the ceiling is met
+    assert len(calls(out)) == 2
+    assert (calls(out)[1] is nn.ReLU6) is (name in RELU6)
+
+
+def test_several_relu6_get_names_of_their_own():
+    out = after(canonical.name_relu6, Fn(lambda x: F.relu6(F.relu6(x) - F.relu6(-x))), images())
+    targets = [n.target for n in out.graph.nodes if n.op == "call_module"]
+    assert len(set(targets)) == 3
+
+
+# ---- identities ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "gone"),
+    [
+        (nn.Identity(), True),
+        (nn.Dropout(0.0), True),
+        (nn.Dropout(0.3), False),
+        (nn.Dropout2d(0.3), False),
+        (nn.ReLU(), False),
+    ],
+)
+def test_only_what_does_nothing_is_removed(module, gone):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), module, nn.Tanh(), module)
+    out = after(canonical.remove_identities, model, images())
+    assert calls(out) == ([nn.Conv2d, nn.Tanh] if gone else [nn.Conv2d, type(module), nn.Tanh, type(module)])
+
+
+def test_an_identity_called_by_keyword_or_with_the_input_is_removed_too():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.none, self.conv = nn.Identity(), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.none(input=self.conv(self.none(x)))
+
+    assert calls(after(canonical.remove_identities, Model(), images())) == [nn.Conv2d]
+
+
+# ---- BatchNorm with an activation ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, [nn.ReLU]),
+        ({"act_layer": nn.SiLU}, [nn.SiLU]),
+        ({"apply_act": False}, []),
+        ({"drop_layer": nn.Dropout}, [nn.Dropout, nn.ReLU]),
+        ({"affine": False}, [nn.ReLU]),
+        ({"track_running_stats": False}, [nn.ReLU]),
+        ({"eps": 0.3, "momentum": 0.7}, [nn.ReLU]),
+    ],
+)
+def test_batch_norm_act_is_split(arguments, expected):
+    norm = timm.layers.BatchNormAct2d(4, **arguments)
+    out = after(canonical.split_batch_norm_act, block(norm), images())
+    assert calls(out) == [nn.Conv2d, nn.BatchNorm2d, *expected]
+    plain = out.get_submodule("1")
+    assert (plain.eps, plain.momentum, plain.affine) == (norm.eps, norm.momentum, norm.affine)
+    assert plain.track_running_stats == norm.track_running_stats
+    assert not any(getattr(m, "inplace", False) for m in out.modules())
+
+
+def test_an_activation_with_parameters_moves_next_to_its_batch_norm():
+    """The exception to names that stay: ``bn.act.weight`` is ``bn_act.weight`` then."""
+    model = block(timm.layers.BatchNormAct2d(4, act_layer=nn.PReLU))
+    nn.init.constant_(model[1].act.weight, 0.1)
+    traced = trace(model, (images(),))
+    assert set(state_of(model)) - set(state_of(traced)) == {"1.act.weight"}
+    assert set(state_of(traced)) - set(state_of(model)) == {"1_act.weight"}
+    assert torch.equal(traced.get_parameter("1_act.weight"), model[1].act.weight)
+    x = images()
+    assert torch.allclose(traced(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_split_batch_norm_follows_the_mode_and_updates_its_statistics(zero):
+    model = block(timm.layers.BatchNormAct2d(4, momentum=0.3)).train()
+    if zero:
+        nn.init.zeros_(model[1].weight)
+    traced = trace(model, (images(),))
+    for training in (True, True, False):
+        x = images()
+        want, got = model.train(training)(x), traced.train(training)(x)
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            assert torch.equal(traced.get_buffer(f"1.{name}"), model.get_buffer(f"1.{name}")), name
+    assert int(traced.get_buffer("1.num_batches_tracked")) == 7
+    if zero:
+        assert torch.equal(got.amax((0, 2, 3)), model[1].bias.clamp(min=0))
+
+
+def test_a_batch_norm_act_that_is_called_twice_acts_twice():
+    norm = timm.layers.BatchNormAct2d(3)
+    model = randomised(nn.Sequential(norm, nn.Conv2d(3, 3, 1), norm), images())
+    out = after(canonical.split_batch_norm_act, model, images())
+    assert calls(out) == [nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+
+
+# ---- convolutions ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 9), (8, 9), (11, 6)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_tensorflows_padding_becomes_a_number_or_a_pad(size, stride, kernel, groups):
+    model = nn.Sequential(timm.layers.Conv2dSame(3, 6, kernel, stride=stride, groups=groups))
+    out = after(canonical.static_convolutions, model, images(size))
+    total = [max((math.ceil(s / stride) - 1) * stride + kernel - s, 0) for s in size]
+    lopsided = any(t % 2 for t in total)
+    assert calls(out) == ([F.pad, nn.Conv2d] if lopsided else [nn.Conv2d])
+    conv = out.get_submodule("0")
+    assert conv.padding == ((0, 0) if lopsided else (total[0] // 2, total[1] // 2))
+    assert torch.equal(conv.weight, model[0].weight)
+    if lopsided:
+        (pad,) = [n for n in out.graph.nodes if n.target is F.pad]
+        assert pad.args[1] == [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 17)])
+def test_a_convolution_called_on_two_sizes_computes_the_same_on_both(size):
+    """16 -> 8 pads one side at each call; 17 -> 9 pads both sides at each."""
+    same = timm.layers.Conv2dSame(3, 3, 3, stride=2)
+    after(canonical.static_convolutions, nn.Sequential(same, nn.ReLU(), same), images(size))
+    other = nn.Sequential(same, nn.Conv2d(3, 3, 2), same)  # 16 -> 8 -> 7 -> 4: another padding each
+    after(canonical.static_convolutions, other, images(size))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch's, of the model itself
+@pytest.mark.parametrize(
+    ("arguments", "lopsided"),
+    [
+        ({"kernel_size": 3, "padding": "same"}, False),
+        ({"kernel_size": 4, "padding": "same"}, True),
+        ({"kernel_size": (1, 4), "padding": "same"}, True),
+        ({"kernel_size": 4, "padding": "same", "dilation": 2}, False),
+        ({"kernel_size": 3, "padding": "same", "groups": 3}, False),
+        ({"kernel_size": 3, "padding": "valid", "stride": 2}, False),
+    ],
+)
+def test_padding_by_name_becomes_a_number_or_a_pad(arguments, lopsided):
+    out = after(canonical.static_convolutions, nn.Sequential(nn.Conv2d(3, 6, **arguments)), images())
+    assert calls(out) == ([F.pad, nn.Conv2d] if lopsided else [nn.Conv2d])
+    assert not isinstance(out.get_submodule("0").padding, str)
+
+
+@pytest.mark.parametrize("kind", ["StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"])
+def test_a_standardised_weight_is_computed_once(kind):
+    """The exception to names that stay: the weight is the standardised one then, and takes in the ``gain``."""
+    model = nn.Sequential(getattr(timm.layers, kind)(3, 4, 3, bias=True))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    lost = frozenset({"0.gain"} if "Scaled" in kind else ())
+    out = after(canonical.static_convolutions, model, images((9, 9)), lost)
+    conv = out.get_submodule("0")
+    assert calls(out) == [nn.Conv2d]
+    assert isinstance(conv.weight, nn.Parameter)
+    assert conv.weight.requires_grad
+    assert not torch.equal(conv.weight, model[0].weight)
+    assert torch.equal(conv.bias, model[0].bias)
+
+
+class Named(nn.Conv2d):
+    pass
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Twofold(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) - super().forward(x.flip(-1))
+
+
+class Dynamic(nn.Conv2d):
+    """Its weight depends on its input."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * (1 + x.std()), self.bias)
+
+
+class Squared(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x * x)
+
+
+@pytest.mark.parametrize("kind", [Doubled, Twofold, Dynamic, Squared])
+def test_a_subclass_that_is_no_plain_convolution_stays_as_it_is(kind):
+    model = nn.Sequential(kind(3, 4, 3), nn.ReLU())
+    out = after(canonical.static_convolutions, model, images())
+    assert calls(out) == [kind, nn.ReLU]
+    traced = trace(model, (images(),))
+    assert calls(traced) == [kind, nn.ReLU]
+    x = images()
+    assert torch.equal(traced(x), model(x))
+
+
+def test_a_subclass_that_is_a_plain_convolution_becomes_one_with_the_same_parameters():
+    model = nn.Sequential(Named(3, 4, 3, stride=2, padding=(1, 0), dilation=2, bias=False))
+    conv = after(canonical.static_convolutions, model, images()).get_submodule("0")
+    assert type(conv) is nn.Conv2d
+    assert (conv.stride, conv.padding, conv.dilation, conv.bias) == ((2, 2), (1, 0), (2, 2), None)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_that_is_not_by_zeros_stays(mode):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode))
+    out = after(canonical.static_convolutions, model, images())
+    assert out.get_submodule("0").padding_mode == mode
+
+
+# ---- all of them together --------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Something for every pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = timm.layers.Conv2dSame(3, 8, 3, stride=2, bias=False)
+        self.bn = timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU)
+        self.drop = nn.Identity()
+        self.conv = nn.Conv2d(8, 8, 5, padding="same")
+        self.norm = nn.BatchNorm2d(8)
+        self.attention = timm.layers.Attention(8, 2)
+        self.head = timm.layers.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.drop(self.bn(self.stem(x)))
+        x = x.add(F.relu6(self.norm(self.conv(x)), inplace=True))
+        x = torch.relu(self.attention(x.flatten(2).transpose(1, 2)))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_all_passes_together_keep_numbers_and_names(training):
+    x = images((10, 10))
+    model = randomised(Mixed(), x).train(training)
+    text, state = repr(model), {name: t.clone() for name, t in model.state_dict().items()}
+    traced = trace(model, (x,))
+    assert list(traced.state_dict()) == list(state)
+    assert repr(model) == text
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    for count in (1, 4):
+        y = 4 * torch.randn(count, 3, 10, 10)
+        with torch.no_grad():
+            want, got = model.eval()(y), traced.eval()(y)
+        assert (want - got).abs().max() <= 1e-5 * want.abs().max()
+    kinds = set(calls(traced))
+    assert {nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.ReLU6, F.relu, F.pad} <= kinds
+    assert not kinds & {timm.layers.Conv2dSame, timm.layers.BatchNormAct2d, timm.layers.Linear, nn.Identity}
+    assert not kinds & {"add", torch.relu, F.relu6, F.scaled_dot_product_attention}
+
+
+def test_running_all_passes_again_changes_nothing():
+    traced = trace(randomised(Mixed(), images((10, 10))), (images((10, 10)),))
+    before = [(n.op, str(n.target)) for n in traced.graph.nodes]
+    for rewrite in (*canonical.MODULE_PASSES, *canonical.GRAPH_PASSES):
+        rewrite(traced)
+    assert before == [(n.op, str(n.target)) for n in traced.graph.nodes]
