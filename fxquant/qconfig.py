@@ -99,9 +99,8 @@ def get_qat_qconfig_mapping(
 
 
 # What torch runs on integers besides layers. Everything else stays float between a dequantize and a quantize.
-_ARITHMETIC = (operator.add, torch.add, operator.mul, torch.mul, torch.cat)
 _RELU = (nn.ReLU, F.relu)
-EDGE_OPERATORS = frozenset(_ARITHMETIC)
+EDGE_OPERATORS = frozenset({operator.add, torch.add, operator.mul, torch.mul, torch.cat})
 """Operators whose inputs and output are carried on the 8-bit grid."""
 
 

@@ -5,7 +5,6 @@ The only module that knows timm's models and optimizers, and accelerate.
 
 from __future__ import annotations
 
-import copy
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -120,24 +119,24 @@ class _Run:
 
         # The quantized training starts from its own seed, so that a resumed run and a whole one agree.
         _seed_everything(recipe.seed)
+        plain = plain_batches(self.data, recipe)  # for calibration, BatchNorm and the check of kernels alike
         model = prepare(
             self.float_model,
             recipe.built_rules(),
-            calibration=plain_batches(self.data, self.recipe),
+            calibration=plain,
             backend=recipe.quantization.backend,
             residual_bits=recipe.quantization.residual_bits,
         )
         self.progress.prepared(model)
         history = self._train_quantized(model, state)
         budget = recipe.built_budget()
-        settle(model, budget, calibration=plain_batches(self.data, recipe))
+        settle(model, budget)
         model.cpu()  # integer kernels and the exactness of sums are a matter of the CPU
         simulated = predictions(model, self._test())
         freeze(model, budget, calibration=())  # BatchNorm has been re-estimated
         reference = convert(model)
         checkpoint.save_integer_model(self.output / checkpoint.INTEGER_MODEL, recipe, reference.state_dict())
-        batches = plain_batches(self.data, recipe)
-        lowered = {b: lower(reference, b, calibration=batches) for b in recipe.quantization.lower}
+        lowered = {b: lower(reference, b) for b in recipe.quantization.lower}
         report = verify(model, reference, self._test(), lowered=lowered)
         result = self._result(model, report, float_accuracy, history)
         result["simulated"] = {
@@ -197,7 +196,7 @@ class _Run:
         criterion = QATLoss(
             nn.CrossEntropyLoss(),
             budget,
-            teacher=copy.deepcopy(self.float_model).to(self.accelerator.device),
+            teacher=self.float_model,
             distillation=section.distillation,
             task_weight=section.task_weight,
             distillation_weight=section.distillation_weight,
