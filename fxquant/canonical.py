@@ -11,7 +11,8 @@ import operator
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+
+from .computed import ComputedConv2d, ComputedLinear
 
 # ---- on modules, before capture --------------------------------------------------------------------------
 
@@ -23,20 +24,18 @@ def open_fused_attention(model: nn.Module) -> None:
             module.fused_attn = False
 
 
-def plain_linear(model: nn.Module) -> None:
-    """Subclasses of Linear that compute the same become ``nn.Linear`` (``timm.layers.Linear``: classifier heads)."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
-            x = torch.randn(2, module.in_features).to(module.weight)
-            with torch.no_grad():
-                same = torch.equal(module(x), F.linear(x, module.weight, module.bias))
-            if same:
-                module.__class__ = nn.Linear
+def is_leaf(module: nn.Module) -> bool | None:
+    """Whether capture keeps a module as one call because a pass below takes it apart; None where it may decide.
 
-
-def is_leaf(module: nn.Module) -> bool:
-    """Modules that capture keeps as one call because a pass below takes them apart."""
-    return isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d))
+    Convolutions and linear layers that compute something of their own (padding, a weight) are captured from within;
+    :func:`name_layers` puts a plain layer in the place of their inner function.
+    """
+    if isinstance(module, nn.BatchNorm2d):
+        return True
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        own = type(module) not in (nn.Conv2d, nn.Linear) or "weight" not in module._parameters
+        return not own and getattr(module, "padding_mode", "zeros") == "zeros"
+    return None
 
 
 # ---- on the graph, after capture -------------------------------------------------------------------------
@@ -98,80 +97,48 @@ def split_batch_norm_act(traced: fx.GraphModule) -> None:
             after = call
 
 
-def static_convolutions(traced: fx.GraphModule) -> None:
-    """Convolutions that compute their padding or their weight at every call, to plain Conv2d for the example's size.
+def name_layers(traced: fx.GraphModule) -> None:
+    """Convolutions and linear layers that are called as functions become modules, under the name of their weight.
 
-    TensorFlow's SAME padding (``tf_*``, ``mixnet``) becomes a number, or a pad before the convolution where it is
-    lopsided; a standardised weight (``nfnet``, ``nf_*``, ``resnetv2``) is computed once.
+    So do the insides of layers that pad or compute their weight themselves: TensorFlow's SAME padding (``tf_*``,
+    ``mixnet``), standardised weights (``nfnet``, ``nf_*``, BiT ``resnetv2``), classifier heads (timm's Linear), query,
+    key and value with a composed bias (BEiT, EVA, Swin v2). A weight that depends on the input (CondConv) stays.
     """
-    calls: dict[nn.Conv2d, list[fx.Node]] = {}
-    for node in traced.graph.nodes:
-        if isinstance(module := _module(traced, node), nn.Conv2d):
-            calls.setdefault(module, []).append(node)
-    for module, nodes in calls.items():
-        if type(module) is nn.Conv2d and not isinstance(module.padding, str) and module.padding_mode == "zeros":
+    geometries: dict[str, tuple] = {}
+    called = {node.target for node in traced.graph.nodes if node.op == "call_module"}
+    for node in list(traced.graph.nodes):
+        function = _LAYER_FUNCTIONS.get(node.target) if node.op == "call_function" else None
+        if function is None:
             continue
-        shapes = [node.all_input_nodes[0].meta.get("shape") for node in nodes]
-        forms = [_static(module, shape) if shape is not None else None for shape in shapes]
-        if None in forms or len({(conv.padding, pad) for conv, pad in forms}) > 1:
-            continue  # called on sizes that it pads differently
-        conv, pad = forms[0]
-        _replace(traced, nodes[0].target, conv.train(module.training))
-        for node in nodes if any(pad) else ():
-            with traced.graph.inserting_before(node):
-                (x,) = node.all_input_nodes
-                padded = traced.graph.call_function(F.pad, (x, list(pad)))
-            padded.meta["dtype"] = x.meta.get("dtype")
-            node.replace_input_with(x, padded)
-
-
-def _static(module: nn.Conv2d, shape: torch.Size) -> tuple[nn.Conv2d, tuple[int, ...]] | None:
-    """The plain convolution that ``module`` is on inputs of ``shape``, and what to pad before; None if it is none."""
-    x = torch.randn(shape).to(module.weight)
-    with torch.no_grad(), _ConvWatch() as watch:
-        want = module(x)
-    if len(watch.calls) != 1:
-        return None
-    inner, weight, bias, stride, padding, dilation, groups = watch.calls[0]
-    if isinstance(padding, str):
-        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        before = [t // 2 for t in total]
-        pad = (before[1], total[1] - before[1], before[0], total[0] - before[0])
-    else:
-        extra = [inner.shape[2] - x.shape[2], inner.shape[3] - x.shape[3]]
-        before = [e // 2 for e in extra]
-        pad = (before[1] + padding[1], extra[1] - before[1] + padding[1],
-               before[0] + padding[0], extra[0] - before[0] + padding[0])  # fmt: skip
-    if min(pad) < 0:
-        return None
-    conv = nn.Conv2d(
-        module.in_channels, weight.shape[0], weight.shape[2:], stride, 0, dilation, groups, bias is not None,
-        device="meta",
-    )  # fmt: skip
-    conv.weight = module.weight if weight is module.weight else nn.Parameter(weight.detach().clone())
-    conv.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
-    even = pad[0] == pad[1] and pad[2] == pad[3]
-    if even:
-        conv.padding, pad = (pad[2], pad[0]), (0, 0, 0, 0)
-    with torch.no_grad():
-        for trial in (x, 2 * torch.randn(shape).to(x) + 1):  # a weight made from the input fits one input alone
-            want, got = module(trial), conv(F.pad(trial, pad) if any(pad) else trial)
-            if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-4, atol=1e-5):
-                return None
-    return conv, pad
-
-
-class _ConvWatch(TorchFunctionMode):
-    """Notes the operands of every 2-D convolution computed within."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls: list[tuple] = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (F.conv2d, torch.conv2d):
-            self.calls.append(_conv_operands(*args, **(kwargs or {})))
-        return function(*args, **(kwargs or {}))
+        x, weight, bias, *geometry = function(*node.args, **node.kwargs)
+        found = _weight_of(traced, weight)
+        if found is None or found[0] in called or not x.meta.get("dependent", False):
+            continue
+        owner, steps = found
+        own_bias = bias if bias is not None and bias.target == f"{owner}.bias" else None
+        key = (*geometry, own_bias is not None, weight if len(steps) > 1 else None)
+        if geometries.setdefault(owner, key) != key:
+            continue  # the same weight with another stride, bias or formula: that call stays a function
+        module = traced.get_submodule(owner)
+        if type(module) is nn.Module:  # what capture leaves of a module that it looked into
+            used = {step.target.rpartition(".")[2] for step in steps if step.op == "get_attr"}
+            if {name for name, _ in (*module.named_parameters(), *module.named_buffers())} - used - {"bias"}:
+                continue  # something else reads the other parameters under their names
+            if "bias" in dict(module.named_parameters()) and own_bias is None:
+                continue
+            _replace(traced, owner, _layer(traced, owner, steps, own_bias is not None, *geometry))
+        with traced.graph.inserting_before(node):
+            call = traced.graph.call_module(owner, (x,))
+            call.meta.update(node.meta)
+            out = call
+            if bias is not own_bias:
+                view = bias if len(geometry) == 0 else traced.graph.call_method("reshape", (bias, -1, 1, 1))
+                view.meta.setdefault("dependent", bias.meta.get("dependent", False))
+                out = traced.graph.call_function(operator.add, (call, view))
+                out.meta.update(node.meta)
+        node.replace_all_uses_with(out)
+        traced.graph.erase_node(node)
+    traced.graph.eliminate_dead_code()
 
 
 def _conv_operands(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> tuple:
@@ -181,6 +148,143 @@ def _conv_operands(input, weight, bias=None, stride=1, padding=0, dilation=1, gr
         return (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))
 
     return input, weight, bias, pair(stride), pair(padding), pair(dilation), groups
+
+
+def _linear_operands(input, weight, bias=None) -> tuple:
+    return input, weight, bias
+
+
+_LAYER_FUNCTIONS = {F.conv2d: _conv_operands, torch.conv2d: _conv_operands, F.linear: _linear_operands}
+
+
+def _weight_of(traced: fx.GraphModule, weight: fx.Node) -> tuple[str, list[fx.Node]] | None:
+    """The module whose ``weight`` a layer multiplies with, and the nodes that make something of it, in order.
+
+    None where the weight depends on the input, or on parameters of several modules, or has another shape.
+    """
+    seen, waiting = set(), [weight]
+    while waiting:
+        node = waiting.pop()
+        if node.op not in ("get_attr", "call_function", "call_method"):
+            return None
+        if node not in seen:
+            seen.add(node)
+            waiting.extend(node.all_input_nodes)
+    paths = {node.target.rpartition(".")[::2] for node in seen if node.op == "get_attr"}
+    owners = {owner for owner, _ in paths}
+    if len(owners) != 1 or "" in owners:
+        return None
+    (owner,) = owners
+    module = traced.get_submodule(owner)
+    original = getattr(module, "weight", None)
+    if (owner, "weight") not in paths or not isinstance(original, nn.Parameter) or list(module.children()):
+        return None
+    if original.shape != weight.meta.get("shape"):
+        return None
+    return owner, [node for node in traced.graph.nodes if node in seen]
+
+
+def functions_left(traced: fx.GraphModule) -> dict[str, str]:
+    """Convolutions and linear layers that :func:`name_layers` had to leave functions, with the reason."""
+    return {
+        node.name: f"{node.target.__name__} in {node.name!r}: its weight is computed from the input, is no parameter "
+        "of one module, or is used with two geometries"
+        for node in traced.graph.nodes
+        if node.op == "call_function" and node.target in _LAYER_FUNCTIONS and node.meta.get("dependent", False)
+    }
+
+
+def _layer(traced: fx.GraphModule, owner: str, steps: list[fx.Node], bias: bool, *geometry) -> nn.Module:
+    """The plain layer, or the one with a computed weight, that has the parameters of ``owner``."""
+    old = traced.get_submodule(owner)
+    computed = len(steps) > 1
+    if geometry:
+        stride, padding, dilation, groups = geometry
+        out, inputs, *kernel = old.weight.shape
+        kind = ComputedConv2d if computed else nn.Conv2d
+        layer = kind(inputs * groups, out, kernel, stride, padding, dilation, groups, bias, device="meta")
+    else:
+        kind = ComputedLinear if computed else nn.Linear
+        layer = kind(*reversed(old.weight.shape), bias=bias, device="meta")
+    layer.weight = old.weight
+    if bias:
+        layer.bias = old.bias
+    if computed:
+        formula, copied, operands = fx.Graph(), {}, {}
+        for node in steps:
+            if node.op == "get_attr":
+                name = node.target.rpartition(".")[2]
+                if name not in operands:
+                    operands[name] = getattr(old, name)
+                    copied[node] = formula.placeholder(name)
+                else:
+                    copied[node] = next(c for n, c in copied.items() if n.target == node.target)
+            else:
+                copied[node] = formula.node_copy(node, copied.__getitem__)
+        formula.output(copied[steps[-1]])
+        layer.set_formula(fx.GraphModule(nn.Module(), formula, "WeightFormula"), operands)
+    return layer.train(traced.training)
+
+
+def number_padding(traced: fx.GraphModule) -> None:
+    """Padding by name to numbers, ``"valid"`` and ``"same"`` (ConvMixer); or to a pad before the convolution where
+    ``"same"`` is lopsided."""
+    for module, nodes in _convolutions(traced).items():
+        if not isinstance(module.padding, str):
+            continue
+        same = module.padding == "same"
+        total = [d * (k - 1) if same else 0 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        module.padding = (0, 0)
+        for node in nodes if any(total) else ():
+            with traced.graph.inserting_before(node):
+                (x,) = node.all_input_nodes
+                pad = [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2]
+                padded = traced.graph.call_function(F.pad, (x, pad))
+            padded.meta.update(dtype=x.meta.get("dtype"), dependent=x.meta.get("dependent", False))
+            node.replace_input_with(x, padded)
+
+
+def fold_padding(traced: fx.GraphModule) -> None:
+    """A zero pad, the same on opposite sides, into the convolution after it (SAME padding, ``F.pad`` by hand)."""
+    for module, nodes in _convolutions(traced).items():
+        pads = [_even_pad(traced, node.all_input_nodes[0]) for node in nodes]
+        if None in pads or len(set(pads)) > 1 or isinstance(module.padding, str):
+            continue
+        module.padding = tuple(own + extra for own, extra in zip(module.padding, pads[0], strict=True))
+        for node in nodes:
+            (padded,) = node.all_input_nodes
+            node.replace_input_with(padded, padded.all_input_nodes[0])
+    traced.graph.eliminate_dead_code()
+
+
+def _even_pad(traced: fx.GraphModule, node: fx.Node) -> tuple[int, int] | None:
+    """By how much a node pads above and below, left and right; None if it does something else."""
+    module = _module(traced, node)
+    if type(module) is nn.ZeroPad2d:
+        pad = module.padding
+    elif node.op == "call_function" and node.target is F.pad:
+        _, pad, mode, value = _pad_operands(*node.args, **node.kwargs)
+        if mode != "constant" or value not in (None, 0):
+            return None
+    else:
+        return None
+    if len(pad) not in (2, 4) or not all(type(p) is int and p >= 0 for p in pad):
+        return None
+    left, right, top, bottom = (*pad, 0, 0)[:4]
+    return (top, left) if left == right and top == bottom else None
+
+
+def _pad_operands(input, pad, mode="constant", value=None) -> tuple:
+    return input, pad, mode, value
+
+
+def _convolutions(traced: fx.GraphModule) -> dict[nn.Conv2d, list[fx.Node]]:
+    """Convolutions by their calls, in graph order."""
+    calls: dict[nn.Conv2d, list[fx.Node]] = {}
+    for node in traced.graph.nodes:
+        if isinstance(module := _module(traced, node), nn.Conv2d):
+            calls.setdefault(module, []).append(node)
+    return calls
 
 
 def name_relu6(traced: fx.GraphModule) -> None:
@@ -205,8 +309,11 @@ def _bounds(input, min_val=-1.0, max_val=1.0, inplace=False) -> tuple[float, flo
     return min_val, max_val
 
 
-MODULE_PASSES = (open_fused_attention, plain_linear)
-GRAPH_PASSES = (name_arithmetic_alike, split_batch_norm_act, remove_identities, static_convolutions, name_relu6)
+MODULE_PASSES = (open_fused_attention,)
+GRAPH_PASSES = (
+    name_arithmetic_alike, split_batch_norm_act, remove_identities, name_layers, number_padding, fold_padding,
+    name_relu6,
+)  # fmt: skip
 
 
 def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:

@@ -203,14 +203,14 @@ class Capture(fx.Tracer):
     Args:
         examples: the arguments of forward, for either batch.
         opaque: names of submodules to be kept as single calls.
-        is_leaf: further modules to be kept as single calls.
+        is_leaf: whether a module is kept as a single call; None leaves it to torch.fx, which keeps all of torch.nn.
     """
 
     def __init__(
         self,
         examples: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
         opaque: frozenset[str] = frozenset(),
-        is_leaf: Callable[[nn.Module], bool] = lambda module: False,
+        is_leaf: Callable[[nn.Module], bool | None] = lambda module: None,
     ):
         super().__init__()
         self.proxy_buffer_attributes = True
@@ -225,7 +225,10 @@ class Capture(fx.Tracer):
             return super().trace(root, concrete_args)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return name in self.opaque or self._is_leaf(module) or super().is_leaf_module(module, name)
+        if name in self.opaque:
+            return True
+        asked = self._is_leaf(module)
+        return super().is_leaf_module(module, name) if asked is None else asked
 
     def getattr(self, attr, attr_val, parameter_proxy_cache):
         return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)

@@ -166,7 +166,8 @@ def _fused_norms(prepared: torch.fx.GraphModule) -> tuple[int, int]:
     for node in prepared.graph.nodes:
         if node.op == "call_module" and isinstance(modules[node.target], nn.BatchNorm2d):
             source = node.args[0]
-            loose += source.op == "call_module" and isinstance(modules[source.target], nn.Conv2d)
+            layer = modules[source.target] if source.op == "call_module" else None
+            loose += isinstance(layer, nn.Conv2d) and not getattr(layer, "relu", False)  # else it follows a ReLU
     return fused, fused + loose
 
 

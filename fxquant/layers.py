@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from . import grid
 from ._torch_ao import nni, qconfig_equals
+from .computed import adopt_formula, effective_weight
 from .errors import NotFrozenError, SpecError
 from .estimators import Estimator
 from .integer import IntegerConv2d, IntegerLinear, Quantize, Rescale, activate
@@ -37,8 +38,12 @@ class LinearReLU(nni.LinearReLU):
     """What a frozen layer with ReLU hands to torch.ao's own convert."""
 
 
-class ConvReLU6(nni._FusedModule):
-    """Conv2d, BatchNorm2d (or not) and ReLU6, as torch.ao's fusion hands them to :class:`QATConv2d`."""
+class FusedConv2d(nni._FusedModule):
+    """A convolution, BatchNorm2d (or not) and ReLU or ReLU6: what torch.ao has no fused class for."""
+
+
+class FusedLinear(nni._FusedModule):
+    """A linear layer and ReLU: what torch.ao has no fused class for."""
 
 
 class IntegerForm(NamedTuple):
@@ -65,6 +70,7 @@ class QATLayer(nn.Module):
         """Take over parameters, BatchNorm and activation; the weight's range is set from the weight."""
         layer, rest = (module[0], list(module)[1:]) if isinstance(module, nni._FusedModule) else (module, [])
         self.weight, self.bias = layer.weight, layer.bias
+        adopt_formula(self, layer)
         self.bn = next((m for m in rest if isinstance(m, nn.BatchNorm2d)), None)
         self.relu = any(isinstance(m, (nn.ReLU, nn.ReLU6)) for m in rest)
         self.ceiling = 6.0 if any(isinstance(m, nn.ReLU6) for m in rest) else None
@@ -101,7 +107,7 @@ class QATLayer(nn.Module):
         edge = qconfig.activation()
         make_input = getattr(edge, "layer_input", None)
         self.input_fake_quant = make_input().to(self.weight.device) if make_input is not None else None
-        self.weight_fake_quant.initialize_from(self.weight)
+        self.weight_fake_quant.initialize_from(effective_weight(self))
         self._integer: IntegerForm | None = None
 
     # ---- training ----------------------------------------------------------------------------------------
@@ -112,7 +118,7 @@ class QATLayer(nn.Module):
             return form.rescale(form.layer(form.quantize(x)))
         if self.input_fake_quant is not None:
             x = self.input_fake_quant(x)
-        out = self._compute(x, self.weight_fake_quant(self.weight))
+        out = self._compute(x, self.weight_fake_quant(effective_weight(self)))
         if self.bn is not None:
             out = self.bn(out)
         if self._rounds_its_bias():
@@ -160,7 +166,7 @@ class QATLayer(nn.Module):
     def folded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weight codes (float carrier), weight scale [O] and real bias [O], BatchNorm folded in."""
         scale, bias, sign = self.folded_scale()
-        codes = self.weight_fake_quant.codes(self.weight)
+        codes = self.weight_fake_quant.codes(effective_weight(self))
         return codes * sign.to(codes.dtype).reshape(-1, *[1] * (codes.ndim - 1)), scale, bias
 
     @torch.no_grad()
@@ -270,7 +276,7 @@ class QATConv2d(QATLayer, nn.Conv2d):
 
     @classmethod
     def from_float(cls, module: nn.Module, use_precomputed_fake_quant: bool = False) -> QATConv2d:
-        """From an ``nn.Conv2d``, torch.ao's ConvBn2d, ConvReLU2d, ConvBnReLU2d or our ConvReLU6, with a ``qconfig``."""
+        """From an ``nn.Conv2d`` or what torch.ao's fusion or ours made of it, with a ``qconfig``."""
         conv = module[0] if isinstance(module, nni._FusedModule) else module
         check_padding(conv, "Conv2d")
         layer = cls(**_conv_arguments(conv), device="meta")
@@ -295,7 +301,7 @@ class QATLinear(QATLayer, nn.Linear):
 
     @classmethod
     def from_float(cls, module: nn.Module, use_precomputed_fake_quant: bool = False) -> QATLinear:
-        """From an ``nn.Linear`` or torch.ao's LinearReLU, with a ``qconfig``."""
+        """From an ``nn.Linear``, torch.ao's LinearReLU or our FusedLinear, with a ``qconfig``."""
         linear = module[0] if isinstance(module, nni._FusedModule) else module
         layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         layer._adopt(module)

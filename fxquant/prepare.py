@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_flatten
 
 from . import cost
 from ._torch_ao import QConfigMapping, deprecations_silenced, prepare_captured
+from .computed import effective_weight
 from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecError
 from .estimators import Estimator
 from .grid import check_bits
-from .layers import QATLayer, check_padding
-from .qconfig import EDGE_OPERATORS, edge_qconfig, get_backend_config, get_qat_qconfig
+from .layers import QATLayer
+from .qconfig import EDGE_OPERATORS, QUANTIZABLE, edge_qconfig, get_backend_config, get_qat_qconfig
 from .spec import RESIDUAL_BITS, Rule, get_backend, resolve_rules
 from .trace import DIFFERENCE, OPAQUE, trace
 
@@ -34,7 +35,8 @@ class PreparedInfo:
     Attributes:
         backend: name of the backend the graph was built for.
         rules: the rule each quantizable layer got, by name; ``None`` stays float.
-        opaque: submodules that could not be captured and stay float, with the reason.
+        opaque: submodules that could not be captured, and layers called as functions whose weight is no parameter;
+            all stay float; with the reason.
         capture_difference: of the captured graph from the model, relative to its largest output.
         costs: sizes of each quantized layer for one image.
         calibration: the loader given to prepare(), which freeze() re-estimates BatchNorm from.
@@ -92,7 +94,7 @@ def prepare(
 
     Raises:
         UnknownNameError: unknown backend.
-        SpecError: no rule, no layer, nothing to trace with, or a padding that integer kernels lack.
+        SpecError: no rule, no layer, or nothing to trace with.
         RuleError: a rule that matches no layer.
         TraceError: a model that cannot be captured (a submodule that cannot stays float, as one call).
         EmptyDataError: a calibration iterable without a batch.
@@ -121,8 +123,7 @@ def prepare(
     resolved = resolve_rules(list(rules), list(layers))
     for name, rule in resolved.items():
         if rule is not None and not rule.keeps_float:
-            check_padding(layers[name], f"layer {name!r}")
-            _check_weight(name, layers[name].weight)
+            _check_weight(name, effective_weight(layers[name]))
 
     mapping = QConfigMapping().set_global(edge_qconfig(residual_bits))
     for name, rule in resolved.items():
@@ -132,7 +133,7 @@ def prepare(
         mapping.set_module_name(name, None)
         warnings.warn(f"kept in float, as one call: {reason}", stacklevel=2)
     with deprecations_silenced():
-        config = get_backend_config(backend, fuse_relu6=True)
+        config = get_backend_config(backend, captured=True)
         prepared = prepare_captured(traced.train(), mapping, example_inputs, config)
     _place_edges(prepared)
     for name, module in prepared.named_modules():
@@ -233,7 +234,7 @@ def _quantizable_layers(traced: fx.GraphModule) -> dict[str, nn.Module]:
     """Conv2d and Linear modules that the graph calls, by name, in graph order."""
     modules = dict(traced.named_modules())
     called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
-    return {name: modules[name] for name in called if type(modules[name]) in (nn.Conv2d, nn.Linear)}
+    return {name: modules[name] for name in called if type(modules[name]) in QUANTIZABLE}
 
 
 def _check_weight(name: str, weight: Tensor) -> None:

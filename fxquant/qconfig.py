@@ -26,8 +26,9 @@ from ._torch_ao import (
     get_native_backend_config,
     nni,
 )
+from .computed import ComputedConv2d, ComputedLinear
 from .estimators import LSQ, Bits, Estimator, get_estimator
-from .layers import ConvReLU2d, ConvReLU6, LinearReLU, QATConv2d, QATLinear
+from .layers import ConvReLU2d, FusedConv2d, FusedLinear, LinearReLU, QATConv2d, QATLinear
 from .spec import RESIDUAL_BITS, Rule, get_backend
 
 
@@ -98,13 +99,16 @@ def get_qat_qconfig_mapping(
     return QConfigMapping().set_global(get_qat_qconfig(estimator, weight_bits, activation_bits, **options))
 
 
+QUANTIZABLE = (nn.Conv2d, nn.Linear, ComputedConv2d, ComputedLinear)
+"""Layers that get quantizers of their own."""
+
 # What torch runs on integers besides layers. Everything else stays float between a dequantize and a quantize.
 _RELU = (nn.ReLU, F.relu)
 EDGE_OPERATORS = frozenset({operator.add, torch.add, operator.mul, torch.mul, torch.cat})
 """Operators whose inputs and output are carried on the 8-bit grid."""
 
 
-def get_backend_config(backend: str = "x86", *, fuse_relu6: bool = False) -> BackendConfig:
+def get_backend_config(backend: str = "x86", *, captured: bool = False) -> BackendConfig:
     """The BackendConfig that tells torch.ao which operators ``backend`` quantizes, and with which of our layers.
 
     Conv2d and Linear (with BatchNorm and ReLU fused) become :class:`fxquant.layers.QATConv2d` and
@@ -113,8 +117,8 @@ def get_backend_config(backend: str = "x86", *, fuse_relu6: bool = False) -> Bac
 
     Args:
         backend: ``x86``, ``onednn``, ``fbgemm`` or ``qnnpack``.
-        fuse_relu6: whether ReLU6 goes into the layer before it. :func:`fxquant.prepare` does so; torch.ao's own convert
-            has no such layer.
+        captured: add what :func:`fxquant.prepare` alone can use, because torch.ao's own convert has no such layers:
+            ReLU6 inside of the layer before it, and layers with a computed weight.
 
     Raises:
         UnknownNameError: for a backend that does not exist.
@@ -144,16 +148,26 @@ def get_backend_config(backend: str = "x86", *, fuse_relu6: bool = False) -> Bac
         config.set_backend_pattern_config(_pattern(fused).set_root_module(nn.Conv2d).set_qat_module(QATConv2d))
     for pattern in ((nn.BatchNorm2d, nn.Conv2d), *((relu, (nn.BatchNorm2d, nn.Conv2d)) for relu in _RELU)):
         config.set_backend_pattern_config(native[pattern])
-    if fuse_relu6:
-        for pattern in ((nn.Conv2d, nn.ReLU6), (nn.Conv2d, nn.BatchNorm2d, nn.ReLU6)):
-            fused = BackendPatternConfig(pattern).set_fuser_method(_fuse_relu6).set_fused_module(ConvReLU6)
-            config.set_backend_pattern_config(fused)
-        config.set_backend_pattern_config(_pattern(ConvReLU6).set_root_module(nn.Conv2d).set_qat_module(QATConv2d))
+    if captured:
+        computed = ((ComputedConv2d, QATConv2d), (ComputedLinear, QATLinear))
+        for layer, qat in computed:
+            config.set_backend_pattern_config(_pattern(layer).set_root_module(layer).set_qat_module(qat))
+        fusions = [(layer, relu) for layer, _ in computed for relu in _RELU]
+        fusions += [(ComputedConv2d, nn.BatchNorm2d), *((ComputedConv2d, nn.BatchNorm2d, relu) for relu in _RELU)]
+        for conv in (nn.Conv2d, ComputedConv2d):
+            fusions += [(conv, nn.ReLU6), (conv, nn.BatchNorm2d, nn.ReLU6)]
+        for pattern in fusions:
+            fused = FusedConv2d if pattern[0] is not ComputedLinear else FusedLinear
+            config.set_backend_pattern_config(
+                BackendPatternConfig(pattern).set_fuser_method(_fuser(fused)).set_fused_module(fused)
+            )
+        for fused, layer, qat in ((FusedConv2d, nn.Conv2d, QATConv2d), (FusedLinear, nn.Linear, QATLinear)):
+            config.set_backend_pattern_config(_pattern(fused).set_root_module(layer).set_qat_module(qat))
     return config
 
 
-def _fuse_relu6(is_qat: bool, *modules: nn.Module) -> ConvReLU6:
-    return ConvReLU6(*modules)
+def _fuser(fused: type[nn.Module]) -> Callable[..., nn.Module]:
+    return lambda is_qat, *modules: fused(*modules)
 
 
 _INTEGER_ACTIVATIONS = DTypeConfig(

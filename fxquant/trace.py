@@ -20,7 +20,7 @@ DIFFERENCE = "fxquant_difference"
 """Key of the graph module's ``meta``: its largest difference from the model, relative to the model's largest output."""
 
 OPAQUE = "fxquant_opaque"
-"""Key of the graph module's ``meta``: submodules kept as one float call, with the reason each could not be captured."""
+"""Key of the graph module's ``meta``: what is kept as one float call, submodules and functions, with the reason."""
 
 
 def trace(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> fx.GraphModule:
@@ -67,7 +67,7 @@ def _trace(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> fx.GraphModu
     traced.recompile()
     original = copy.deepcopy(model).eval()
     traced.meta[DIFFERENCE] = max(_check_same(original, traced, batch) for batch in batches)
-    traced.meta[OPAQUE] = opaque
+    traced.meta[OPAQUE] = opaque | canonical.functions_left(traced)
     return traced.train(training)
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(fxquant.__file__).parent
 # Data flows down this list; a module may import only from lines above its own. CONTRIBUTING.md explains each.
 ORDER = [
     "errors", "schedule", "grid", "ranges", "_torch_ao", "estimators", "spec",
-    "integer", "layers", "layers_torch_ao", "qconfig", "capture", "canonical", "trace", "cost", "prepare",
+    "integer", "computed", "layers", "layers_torch_ao", "qconfig", "capture", "canonical", "trace", "cost", "prepare",
     "allocate", "freeze", "convert", "controller", "loss", "lower", "verify",
     "report", "data", "recipe", "checkpoint", "timm", "coverage", "train", "cli",
 ]  # fmt: skip

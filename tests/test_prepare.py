@@ -369,11 +369,13 @@ def test_the_rule_that_messages_recommend_is_one_that_exists():
     refused(ConstantTensorError, advice, tiny(), calibration=[images() * 0])
 
 
-def test_a_layer_that_integer_kernels_cannot_compute_is_refused_with_its_name():
+def test_padding_that_integer_kernels_lack_is_made_in_float_before_the_layer():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.Flatten())
-    refused(SpecError, r"'1'.*padding_mode='circular'.*|padding_mode='circular'.*'1'", model)
-    kept = fq.prepare(model, [Rule("1", None, None), *ALL4], calibration=[images()])
-    assert type(kept.get_submodule("1")) is nn.Conv2d
+    prepared = fq.prepare(model, ALL4, calibration=[images()])
+    layer = prepared.get_submodule("1")
+    assert isinstance(layer, QATConv2d)
+    assert (layer.padding_mode, layer.padding) == ("zeros", (0, 0))
+    assert "1.weight" in prepared.state_dict()
 
 
 def test_calibration_stops_after_its_batches():

@@ -75,7 +75,7 @@ def edges(model: fx.GraphModule) -> set[str]:
 def test_a_timm_model_goes_through_every_stage(name):
     x = torch.randn(4, 3, MODELS[name], MODELS[name])
     model = trained_looking(name, x)
-    layers = [n for n, m in trace(model, (x,)).named_modules() if type(m) in (nn.Conv2d, nn.Linear)]
+    layers = [n for n, m in trace(model, (x,)).named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     prepared = fq.prepare(model, W4A4, calibration=[x]).train()
     assert prepared.meta["fxquant"].opaque == {}
     quantized = {n: m for n, m in prepared.named_modules() if isinstance(m, QATLayer)}
