@@ -132,7 +132,7 @@ def lower(
     get_backend(backend)
     loaded = load_run(source)
     lowered = lower_reference(loaded.reference, backend)
-    outcome = verify(None, loaded.reference, loaded.test_batches(), lowered={backend: lowered})
+    outcome = verify(None, loaded.reference, loaded.data.test(), lowered={backend: lowered})
     out.print(report.lowering_table(lowered.meta["fxquant_lowered"], backend))
     out.print(_summary(loaded.recipe, outcome, None))
     if output is not None:

@@ -8,6 +8,7 @@ from .allocate import fix_widths
 from .cost import quantizer_parameters
 from .errors import CheckpointError, SpecError
 from .estimators import Estimator
+from .freeze import hold_batch_norm
 from .spec import Budget
 
 
@@ -25,17 +26,30 @@ class Controller:
         budget: what the whole widths must keep to. Without one, widths that are learned within an interval go on
             learning until :func:`fxquant.freeze`. A budget needs a model from :func:`fxquant.prepare`.
         finetune: share of the steps, in [0, 1).
+        freeze_batch_norm: steps after which BatchNorm's running statistics stay as they are, and normalise in training
+            too (gamma and beta train on); they train throughout when not given.
 
     Raises:
         SpecError: for steps or a share that make no sense.
     """
 
-    def __init__(self, model: nn.Module, total_steps: int, *, budget: Budget | None = None, finetune: float = 0.25):
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int,
+        *,
+        budget: Budget | None = None,
+        finetune: float = 0.25,
+        freeze_batch_norm: int | None = None,
+    ):
         if total_steps < 1:
             raise SpecError(f"total_steps={total_steps!r} was asked for; training takes at least one step")
         if not 0 <= finetune < 1:
             raise SpecError(f"finetune={finetune!r} was asked for; it is a share of the steps, from 0 to below 1")
+        if freeze_batch_norm is not None and freeze_batch_norm < 0:
+            raise SpecError(f"freeze_batch_norm={freeze_batch_norm!r} was asked for; it is a number of steps")
         self.model, self.total_steps, self.budget = model, total_steps, budget
+        self.freeze_batch_norm = freeze_batch_norm
         self.finetune_begins = round((1 - finetune) * total_steps)
         self.steps_done = 0
         self._schedules = [
@@ -60,6 +74,8 @@ class Controller:
     def _apply(self) -> None:
         for estimator, name, schedule in self._schedules:
             setattr(estimator, name, schedule(self.steps_done))
+        if self.freeze_batch_norm is not None and self.steps_done >= self.freeze_batch_norm:
+            hold_batch_norm(self.model)
         if self.phase == "finetune" and not self._settled:
             fix_widths(self.model, self.budget, keep_learning=not self.budget)
             self._settled = True

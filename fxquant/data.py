@@ -1,17 +1,61 @@
-"""Data sets a recipe can name, held in memory as tensors and augmented a batch at a time."""
+"""Data sets a recipe can name: in memory (scikit-learn's digits), or anything that timm reads, from disk.
+
+Every loader is an iterable of (images [N, C, H, W] float32, labels [N] int64) whose order and augmentation depend on
+its seed and on its ``epoch`` alone, so that a resumed run sees what an uninterrupted one would have seen.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .errors import EmptyDataError, FxQuantError, SpecError, UnknownNameError
 
 _SPLIT_SEED = 0  # the held-out images are the same whatever the seed of a run
+_PLAIN_SEED = 1  # and so are those that calibrate
+_EVAL_BATCH = 256
+
+
+class Loader(Protocol):
+    """Batches of one pass; ``epoch`` is set before each pass that trains."""
+
+    epoch: int
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+class Data(Protocol):
+    """What a run asks of a data set.
+
+    Attributes:
+        example: [1, C, H, W], to trace a model with.
+        classes: how many there are; None where the data set does not tell.
+    """
+
+    example: Tensor
+    classes: int | None
+
+    def train(self, seed: int) -> Loader:
+        """Training images, shuffled and augmented anew each epoch."""
+
+    def plain(self) -> Loader:
+        """Training images as they are, in a fixed random order: for calibration and BatchNorm."""
+
+    def test(self) -> Loader:
+        """Held-out images, in order."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +136,14 @@ def digits(image_size: int) -> ImageData:
 
 
 DATASETS: dict[str, Callable[[int], ImageData]] = {"digits": digits}
+"""Data sets held in memory, by name."""
+
+TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
+"""What timm's ``create_dataset`` reads besides folders: ``torch/cifar10``, ``hfds/...`` and so on."""
 
 
 def load_data(name: str, image_size: int) -> ImageData:
-    """The data set of that name.
+    """The in-memory data set of that name.
 
     Raises:
         UnknownNameError: with the nearest names.
@@ -103,3 +151,247 @@ def load_data(name: str, image_size: int) -> ImageData:
     if name not in DATASETS:
         raise UnknownNameError("data set", name, DATASETS)
     return DATASETS[name](image_size)
+
+
+def check_name(name: str) -> str:
+    """``name`` itself, if it is of a data set that can be opened.
+
+    Raises:
+        UnknownNameError: with the nearest names.
+    """
+    prefix, slash, rest = name.partition("/")
+    if name not in (*DATASETS, "folder") and not (slash and rest and prefix in TIMM_PREFIXES):
+        raise UnknownNameError("data set", name, [*DATASETS, "folder", *(f"{p}/..." for p in TIMM_PREFIXES)])
+    return name
+
+
+class TensorData:
+    """An in-memory data set, as a run asks for it.
+
+    Args:
+        images: the tensors.
+        batch_size, shift: see :class:`Batches`.
+    """
+
+    def __init__(self, images: ImageData, batch_size: int, shift: int):
+        self.images, self.batch_size, self.shift = images, batch_size, shift
+        self.example = images.train_images[:1]
+        self.classes = int(images.train_labels.max()) + 1
+
+    def train(self, seed: int) -> Batches:
+        images = self.images
+        return Batches(images.train_images, images.train_labels, self.batch_size, seed=seed, shift=self.shift)
+
+    def plain(self) -> Batches:
+        images = self.images
+        order = torch.randperm(len(images.train_images), generator=torch.Generator().manual_seed(_PLAIN_SEED))
+        return Batches(images.train_images[order], images.train_labels[order], self.batch_size)
+
+    def test(self) -> Batches:
+        return Batches(self.images.test_images, self.images.test_labels, _EVAL_BATCH)
+
+
+class TimmData:
+    """A data set that timm reads and transforms as the model was trained, streamed from disk.
+
+    Args:
+        name: ``folder`` (one subfolder a class in ``DIR/train`` and ``DIR/validation``, or tar files of these names),
+            or a name of timm's ``create_dataset`` with its prefix, such as ``torch/cifar10``.
+        root: the folder.
+        config: mean, std, interpolation, crop_pct and input_size as of ``timm.data.resolve_model_data_config``.
+        image_size: height and width; the model's own when None.
+        batch_size: images a batch; in training a last, smaller one is dropped unless it is the only one.
+        workers: processes that read images; 0 reads in this one. The images do not depend on it.
+        splits: names of the training and the held-out part.
+        augmentation: keyword arguments of ``timm.data.create_transform`` in training.
+        plain_batches: how many batches calibrate and re-estimate BatchNorm.
+        test_images: how many held-out images are used; all when None.
+
+    Raises:
+        FxQuantError: a folder or split that is not there, is empty, or has other classes than the training part.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        config: Mapping[str, Any],
+        *,
+        image_size: int | None,
+        batch_size: int,
+        workers: int,
+        splits: tuple[str, str],
+        augmentation: Mapping[str, Any],
+        plain_batches: int,
+        test_images: int | None,
+    ):
+        self.name, self.root, self.batch_size, self.workers = name, root, batch_size, workers
+        self.plain_batches, self.test_images = plain_batches, test_images
+        self.channels = config["input_size"][0]
+        size = image_size or config["input_size"][-1]
+        common = {"input_size": (self.channels, size, size), "interpolation": config["interpolation"]}
+        for key in ("mean", "std"):  # timm gives three for grey images as well
+            values = tuple(config[key])
+            common[key] = values if len(values) == self.channels else (float(np.mean(values)),) * self.channels
+        self.plain_set = self._dataset(splits[0], {**common, "crop_pct": config["crop_pct"]}, is_training=False)
+        self.train_set = self._dataset(splits[0], {**common, **augmentation}, is_training=True)
+        self.test_set = self._dataset(splits[1], {**common, "crop_pct": config["crop_pct"]}, is_training=False)
+        self.example = torch.randn(1, self.channels, size, size, generator=torch.Generator().manual_seed(0))
+        trained, tested = (self._class_names(d) for d in (self.train_set, self.test_set))
+        if trained != tested:
+            alone = sorted({*(trained or ())} ^ {*(tested or ())})[:5]
+            raise FxQuantError(
+                f"the classes of {splits[0]!r} and {splits[1]!r} in {root} differ: {alone} are in one of them alone, "
+                "so labels would not mean the same"
+            )
+        self.classes = len(trained) if trained is not None else None
+
+    def train(self, seed: int) -> Loader:
+        return _Streamed(self.train_set, self.batch_size, self.workers, seed=seed)
+
+    def plain(self) -> Loader:
+        wanted = self.plain_batches * self.batch_size
+        return _Streamed(_some(self.plain_set, wanted, _PLAIN_SEED), self.batch_size, self.workers, wanted)
+
+    def test(self) -> Loader:
+        wanted = self.test_images
+        chosen = self.test_set if wanted is None else _some(self.test_set, wanted, _SPLIT_SEED)
+        return _Streamed(chosen, self.batch_size, self.workers, wanted)
+
+    def _dataset(self, split: str, transform: dict[str, Any], *, is_training: bool) -> Dataset:
+        from . import timm
+
+        folder = self.name == "folder"
+        root = _split_root(self.root, split) if folder else self.root
+        try:
+            dataset = timm.create_dataset(
+                "" if folder else self.name,
+                root=str(root),
+                split=split,
+                search_split=not folder,
+                is_training=is_training,
+                batch_size=self.batch_size,
+                input_img_mode="L" if self.channels == 1 else "RGB",
+            )
+            dataset.transform = timm.create_transform(**transform, is_training=is_training)
+            empty = not isinstance(dataset, IterableDataset) and not len(dataset)
+        except (RuntimeError, OSError, ImportError, AssertionError, TypeError, ValueError) as error:
+            raise FxQuantError(f"timm cannot open {self.name!r} in {root}, split {split!r}: {error}") from error
+        if empty:
+            raise EmptyDataError(f"{root} holds no image; it has one subfolder a class, with images in it")
+        return dataset
+
+    @staticmethod
+    def _class_names(dataset: Dataset) -> list[str] | None:
+        named = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
+        return sorted(named, key=named.get) if named else None
+
+
+def open_data(
+    *, name: str, dir: str | None, image_size: int | None, shift: int, config: Mapping[str, Any], **options
+) -> Data:
+    """The data set of a recipe's ``[data]`` section.
+
+    Args:
+        name, image_size: see :class:`TimmData` and :data:`DATASETS`.
+        dir: folder of a data set that is read from disk.
+        shift: see :class:`Batches`; for data in memory.
+        config: how the model wants its images (timm's data config).
+        options: the other arguments of :class:`TimmData`.
+
+    Raises:
+        FxQuantError: with what is missing.
+    """
+    if check_name(name) in DATASETS:
+        return TensorData(load_data(name, image_size or config["input_size"][-1]), options["batch_size"], shift)
+    if dir is None:
+        raise FxQuantError(f"the data set {name!r} is read from disk, but data.dir is not set; --set data.dir=FOLDER")
+    root = Path(dir).expanduser()
+    if not root.is_dir():
+        raise FxQuantError(f"data.dir = {dir!r} is not a folder; give the one that holds the data set {name!r}")
+    return TimmData(name, root, config, image_size=image_size, **options)
+
+
+_SYNONYMS = ({"train", "training"}, {"validation", "val", "valid", "eval", "evaluation", "test"})
+
+
+def _split_root(root: Path, split: str) -> Path:
+    """The subfolder or tar file of a split. timm would take ``root`` itself for both where there is none."""
+    names = [split, *sorted(next((s for s in _SYNONYMS if split in s), set()) - {split})]
+    for path in (root / f"{name}{suffix}" for name in names for suffix in ("", ".tar")):
+        if path.exists():
+            return path
+    found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
+    raise FxQuantError(f"{root} has no {split!r} (nor {split}.tar); it holds {found}. Set data.splits to what is there")
+
+
+def _some(dataset: Dataset, wanted: int, seed: int) -> Dataset:
+    """``wanted`` images in a fixed random order; a stream is cut by its loader instead."""
+    if isinstance(dataset, IterableDataset):
+        return dataset
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return Subset(dataset, order[:wanted].tolist())
+
+
+class _Streamed:
+    """A loader over a torch data set; shuffled and augmented by (seed, epoch) when ``seed`` is given."""
+
+    def __init__(
+        self, dataset: Dataset, batch_size: int, workers: int, at_most: int | None = None, *, seed: int | None = None
+    ):
+        self.dataset, self.batch_size, self.workers, self.seed, self.epoch = dataset, batch_size, workers, seed, 0
+        self.images = len(dataset) if at_most is None else min(len(dataset), at_most)
+        self.drop_last = seed is not None and self.images >= batch_size
+
+    def __len__(self) -> int:
+        return self.images // self.batch_size if self.drop_last else math.ceil(self.images / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed((self.seed or 0) * 100_003 + self.epoch)
+        dataset, order = self.dataset, None
+        if isinstance(dataset, IterableDataset):
+            if self.seed is not None and hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(self.epoch)
+        elif self.seed is not None:
+            dataset = _Seeded(dataset, self.seed, self.epoch)
+            order = torch.randperm(len(dataset), generator=generator).tolist()
+        batches = DataLoader(
+            dataset,
+            self.batch_size,
+            sampler=order,
+            num_workers=self.workers,
+            drop_last=self.drop_last,
+            generator=generator,
+        )
+        for _, (images, labels) in zip(range(len(self)), batches, strict=False):
+            yield images, torch.as_tensor(labels, dtype=torch.int64)
+
+
+class _Seeded(Dataset):
+    """Draws the augmentation of an image from (seed, epoch, index), whichever process reads it."""
+
+    def __init__(self, dataset: Dataset, seed: int, epoch: int):
+        self.dataset, self.seed, self.epoch = dataset, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        with _drawing_from(f"{self.seed} {self.epoch} {index}"):
+            return self.dataset[index]
+
+
+@contextlib.contextmanager
+def _drawing_from(name: str) -> Iterator[None]:
+    """All three random generators seeded by ``name``, and put back afterwards."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    drawn = random.Random(name).getrandbits(32)
+    random.seed(drawn)
+    np.random.seed(drawn)
+    torch.manual_seed(drawn)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])

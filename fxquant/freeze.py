@@ -71,7 +71,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable) -> None:
 
     A last batch smaller than the first is left out: it would weigh as much as a whole one.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = _batch_norms(model)
     if not norms:
         return
     if any(layer.frozen for layer in cost.qat_layers(model).values()):
@@ -79,10 +79,12 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable) -> None:
     training, momenta = model.training, [norm.momentum for norm in norms]
     device = next(model.parameters()).device
     before = [copy.deepcopy(norm.state_dict()) for norm in norms]
+    held = [getattr(norm, "statistics_held", False) for norm in norms]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative mean
+        norm.statistics_held = False
         norm.train()
     try:
         whole = None
@@ -96,5 +98,25 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable) -> None:
         raise
     finally:
         model.train(training)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        for norm, momentum, hold in zip(norms, momenta, held, strict=True):
+            norm.momentum, norm.statistics_held = momentum, hold
+
+
+def hold_batch_norm(model: nn.Module) -> None:
+    """Keep BatchNorm's running statistics as they are and normalise by them in training too; gamma and beta train on.
+
+    It survives ``model.train()``. :func:`freeze` still re-estimates the statistics, unless told not to.
+    """
+    for norm in _batch_norms(model):
+        if _stay_in_eval not in norm._forward_pre_hooks.values():
+            norm.register_forward_pre_hook(_stay_in_eval)
+        norm.statistics_held = True
+
+
+def _stay_in_eval(norm: nn.Module, args: tuple) -> None:
+    if norm.statistics_held:
+        norm.eval()
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

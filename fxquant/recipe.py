@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .data import DATASETS
+from .data import check_name
 from .errors import FxQuantError, SpecError, UnknownNameError, did_you_mean
 from .loss import DISTILLATIONS
 from .spec import Budget, Rule, check_options, get_backend
@@ -34,19 +34,23 @@ class ModelSection(_Section):
 
 
 class DataSection(_Section):
-    """``[data]``: what it trains on."""
+    """``[data]``: what it trains on; see :class:`fxquant.data.TimmData`."""
 
-    name: str
-    image_size: int = Field(gt=0)
+    name: str = Field("folder", description="digits, folder, or what timm reads: torch/cifar10, hfds/..., tfds/...")
+    dir: str | None = Field(None, description="folder that holds it, for all but digits")
+    image_size: int | None = Field(None, gt=0, description="the model's own when not given")
     batch_size: int = Field(64, gt=0)
-    shift: int = Field(0, ge=0, description="pixels by which training images are moved at random")
+    shift: int = Field(0, ge=0, description="digits: pixels by which training images are moved at random")
+    workers: int = Field(4, ge=0, description="processes that read images")
+    splits: tuple[str, str] = Field(("train", "validation"), description="the part to train on, the part held out")
+    augmentation: dict[str, Any] = Field(default_factory=dict, description="arguments of timm's create_transform")
+    plain_batches: int = Field(64, gt=0, description="training batches for calibration and BatchNorm, as they are")
+    test_images: int | None = Field(None, gt=0, description="held-out images to use; all when not given")
 
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in DATASETS:
-            raise UnknownNameError("data set", name, DATASETS)
-        return name
+        return check_name(name)
 
 
 class FloatSection(_Section):
@@ -68,6 +72,10 @@ class TrainSection(_Section):
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which lr rises from 0")
     finetune: float = Field(0.25, ge=0, lt=1, description="share of the steps at whole widths, without noise")
+    freeze_batch_norm: float | None = Field(
+        None, ge=0, le=1, description="share of the steps after which BatchNorm's statistics stay as they are"
+    )
+    reestimate_batch_norm: bool = Field(True, description="whether freezing re-estimates BatchNorm's statistics")
     distillation: str = "soft_cross_entropy"
     task_weight: float = Field(1.0, ge=0)
     distillation_weight: float = Field(1.0, ge=0)

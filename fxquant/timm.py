@@ -37,6 +37,14 @@ def _import_torchvision() -> None:
 _import_torchvision()
 
 from timm import create_model, list_models  # noqa: E402
+from timm.data import create_dataset, create_transform, resolve_model_data_config  # noqa: E402
 from timm.optim import create_optimizer_v2  # noqa: E402
 
-__all__ = ["create_model", "create_optimizer_v2", "list_models"]
+__all__ = [
+    "create_dataset",
+    "create_model",
+    "create_optimizer_v2",
+    "create_transform",
+    "list_models",
+    "resolve_model_data_config",
+]

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from . import checkpoint, cost
 from .controller import Controller, param_groups
 from .convert import convert
-from .data import Batches, ImageData, load_data
+from .data import Data, Loader, open_data
 from .errors import CheckpointError, FxQuantError, NonFiniteError, UnknownNameError
 from .estimators import Estimator
 from .freeze import freeze, settle
@@ -30,9 +30,6 @@ from .recipe import Recipe
 from .report import layer_rows
 from .schedule import Schedule, cosine, linear
 from .verify import VerifyReport, verify
-
-_EVAL_BATCH = 256
-_BN_BATCHES_SEED = 1
 
 
 class Progress(Protocol):
@@ -98,8 +95,7 @@ class _Run:
                 f"fxquant run was started in {self.accelerator.num_processes} processes; it trains in one. Start it "
                 "without accelerate launch, or with --num_processes 1"
             )
-        self.data = load_data(recipe.data.name, recipe.data.image_size)
-        self._rehearse()
+        self.data = self._rehearse()
         _seed_everything(recipe.seed)
         self.float_model = build_model(recipe).to(self.accelerator.device)
 
@@ -115,11 +111,11 @@ class _Run:
         else:
             self.float_model.load_state_dict(state["float_model"])
         self.float_model.eval()
-        float_accuracy = accuracy(self.float_model, self._test())
+        float_accuracy = _accuracy(*predictions(self.float_model, self.data.test()))
 
         # The quantized training starts from its own seed, so that a resumed run and a whole one agree.
         _seed_everything(recipe.seed)
-        plain = plain_batches(self.data, recipe)  # for calibration, BatchNorm and the check of kernels alike
+        plain = self.data.plain()  # for calibration, BatchNorm and the check of kernels alike
         model = prepare(
             self.float_model,
             recipe.built_rules(),
@@ -130,43 +126,44 @@ class _Run:
         self.progress.prepared(model)
         history = self._train_quantized(model, state)
         budget = recipe.built_budget()
-        settle(model, budget)
+        settle(model, budget, calibration=None if recipe.train.reestimate_batch_norm else ())
         model.cpu()  # integer kernels and the exactness of sums are a matter of the CPU
-        simulated = predictions(model, self._test())
+        simulated, labels = predictions(model, self.data.test())
         freeze(model, budget, calibration=())  # BatchNorm has been re-estimated
         reference = convert(model)
         checkpoint.save_integer_model(self.output / checkpoint.INTEGER_MODEL, recipe, reference.state_dict())
         lowered = {b: lower(reference, b) for b in recipe.quantization.lower}
-        report = verify(model, reference, self._test(), lowered=lowered)
+        report = verify(model, reference, self.data.test(), lowered=lowered)
         result = self._result(model, report, float_accuracy, history)
         result["simulated"] = {
-            "accuracy": 100 * float((simulated == self.data.test_labels).double().mean()),
-            "argmax_agreement": 100 * float((simulated == predictions(model, self._test())).double().mean()),
+            "accuracy": _accuracy(simulated, labels),
+            "argmax_agreement": _accuracy(simulated, predictions(model, self.data.test())[0]),
         }
         checkpoint.write_json(self.output / checkpoint.RESULT, result)
         return RunOutcome(result, report, model, reference, lowered)
 
-    def _rehearse(self) -> None:
+    def _rehearse(self) -> Data:
         """Whatever can be wrong with the recipe comes out here, before anything is trained or written."""
-        model = _prepared_without_data(self.recipe, self.data)
+        float_model, data = _model_and_data(self.recipe)
+        model = _prepared_without_data(self.recipe, float_model, data)
         for name in (self.recipe.float_training.optimizer, self.recipe.train.optimizer):
             make_optimizer(param_groups(model, 1e-3), name)
         for backend in self.recipe.quantization.lower:
             require_engine(backend)
-        classes = int(self.data.train_labels.max()) + 1
         with torch.no_grad():
-            outputs = build_model(_offline(self.recipe)).eval()(self.data.train_images[:1]).shape[-1]
-        if outputs < classes:
+            outputs = float_model.eval()(data.example).shape[-1]
+        if data.classes is not None and outputs < data.classes:
             raise FxQuantError(
-                f"the data set {self.recipe.data.name!r} has {classes} classes, the model {outputs} outputs; set "
-                f"model.options.num_classes = {classes}"
+                f"the data set {self.recipe.data.name!r} has {data.classes} classes, the model {outputs} outputs; set "
+                f"model.options.num_classes = {data.classes}"
             )
+        return data
 
     # ---- stages ------------------------------------------------------------------------------------------
 
     def _train_float(self, state: dict | None) -> None:
         section = self.recipe.float_training
-        loader = self._train_loader()
+        loader = self.data.train(self.recipe.seed)
         groups = param_groups(self.float_model, section.lr, weight_decay=section.weight_decay)
         criterion = nn.CrossEntropyLoss()
 
@@ -190,7 +187,7 @@ class _Run:
 
     def _train_quantized(self, model: fx.GraphModule, state: dict | None) -> list[dict]:
         recipe, section = self.recipe, self.recipe.train
-        loader = self._train_loader()
+        loader = self.data.train(self.recipe.seed)
         total = section.epochs * len(loader)
         budget = recipe.built_budget()
         criterion = QATLoss(
@@ -203,7 +200,8 @@ class _Run:
             budget_weight=section.budget_weight,
         ).to(self.accelerator.device)
         groups = param_groups(model, section.lr, quantizer_lr=section.quantizer_lr, weight_decay=section.weight_decay)
-        controller = Controller(model, total, budget=budget, finetune=section.finetune)
+        held = None if section.freeze_batch_norm is None else round(section.freeze_batch_norm * total)
+        controller = Controller(model, total, budget=budget, finetune=section.finetune, freeze_batch_norm=held)
         layers, costs = cost.qat_layers(model), model.meta["fxquant"].costs
         history: list[dict] = list(state["history"]) if state else []
 
@@ -250,7 +248,7 @@ class _Run:
         optimizer_name: str,
         epochs: int,
         schedule: Schedule,
-        loader: Batches,
+        loader: Loader,
         loss_of: Callable,
         state: dict | None,
         extra_state: Callable[[], dict],
@@ -300,21 +298,6 @@ class _Run:
                     **extra_state(),
                 },
             )
-
-    # ---- data --------------------------------------------------------------------------------------------
-
-    def _train_loader(self) -> Batches:
-        section = self.recipe.data
-        return Batches(
-            self.data.train_images,
-            self.data.train_labels,
-            section.batch_size,
-            seed=self.recipe.seed,
-            shift=section.shift,
-        )
-
-    def _test(self) -> Batches:
-        return Batches(self.data.test_images, self.data.test_labels, _EVAL_BATCH)
 
     # ---- result ------------------------------------------------------------------------------------------
 
@@ -385,15 +368,16 @@ def make_optimizer(groups: list[dict], name: str) -> torch.optim.Optimizer:
 
 
 @torch.no_grad()
-def predictions(model: nn.Module, batches: Batches) -> Tensor:
-    """The argmax of each image, [N]."""
+def predictions(model: nn.Module, batches: Loader) -> tuple[Tensor, Tensor]:
+    """The argmax of each image, and its label, [N] each."""
     device = next(model.parameters()).device
-    return torch.cat([model(images.to(device)).argmax(-1).cpu() for images, _ in batches])
+    pairs = [(model(images.to(device)).argmax(-1).cpu(), labels) for images, labels in batches]
+    return tuple(torch.cat(part) for part in zip(*pairs, strict=True))
 
 
-def accuracy(model: nn.Module, batches: Batches) -> float:
+def _accuracy(predicted: Tensor, labels: Tensor) -> float:
     """Per cent of images whose argmax is their label."""
-    return 100 * float((predictions(model, batches) == batches.labels).double().mean())
+    return 100 * float((predicted == labels).double().mean())
 
 
 @dataclass
@@ -402,10 +386,7 @@ class LoadedRun:
 
     recipe: Recipe
     reference: fx.GraphModule
-    data: ImageData
-
-    def test_batches(self) -> Batches:
-        return Batches(self.data.test_images, self.data.test_labels, _EVAL_BATCH)
+    data: Data
 
 
 def load_run(path: Path) -> LoadedRun:
@@ -420,8 +401,8 @@ def load_run(path: Path) -> LoadedRun:
     if path.suffix == Path(checkpoint.CHECKPOINT).suffix:
         return _from_checkpoint(path)
     recipe, tensors = checkpoint.load_integer_model(path)
-    data = load_data(recipe.data.name, recipe.data.image_size)
-    model = _prepared_without_data(recipe, data)
+    float_model, data = _model_and_data(recipe)
+    model = _prepared_without_data(recipe, float_model, data)
     for module in model.modules():
         if isinstance(module, Estimator):
             module.initialized.fill_(1)  # shapes are all that matters: the file has the values
@@ -441,15 +422,15 @@ def _from_checkpoint(path: Path) -> LoadedRun:
             f"the run of {path} has done {done} of {recipe.train.epochs} quantized epochs; finish it with "
             "fxquant run ... --resume"
         )
-    data = load_data(recipe.data.name, recipe.data.image_size)
-    model = _prepared_without_data(recipe, data)
+    float_model, data = _model_and_data(recipe)
+    model = _prepared_without_data(recipe, float_model, data)
     _load_strictly(model, content["model"], path, recipe)
-    freeze(model, recipe.built_budget(), calibration=plain_batches(data, recipe))
+    freeze(model, recipe.built_budget(), calibration=data.plain() if recipe.train.reestimate_batch_norm else ())
     return _loaded(recipe, convert(model), data)
 
 
-def _loaded(recipe: Recipe, reference: fx.GraphModule, data: ImageData) -> LoadedRun:
-    reference.meta["fxquant"].calibration = plain_batches(data, recipe)
+def _loaded(recipe: Recipe, reference: fx.GraphModule, data: Data) -> LoadedRun:
+    reference.meta["fxquant"].calibration = data.plain()
     return LoadedRun(recipe, reference, data)
 
 
@@ -465,26 +446,23 @@ def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path, rec
     model.load_state_dict(tensors)
 
 
-def _prepared_without_data(recipe: Recipe, data: ImageData) -> fx.GraphModule:
+def _model_and_data(recipe: Recipe) -> tuple[nn.Module, Data]:
+    """A recipe's model, without pretrained weights, and its data set, transformed as that model wants it."""
+    from . import timm
+
+    model = build_model(recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": False})}))
+    return model, open_data(**recipe.data.model_dump(), config=timm.resolve_model_data_config(model))
+
+
+def _prepared_without_data(recipe: Recipe, model: nn.Module, data: Data) -> fx.GraphModule:
     """A recipe's prepared model with the right structure and no ranges yet, to load a file into."""
     return prepare(
-        build_model(_offline(recipe)),
+        model,
         recipe.built_rules(),
-        example_inputs=(data.train_images[:1],),
+        example_inputs=(data.example,),
         backend=recipe.quantization.backend,
         residual_bits=recipe.quantization.residual_bits,
     )
-
-
-def _offline(recipe: Recipe) -> Recipe:
-    """The recipe without pretrained weights."""
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": False})})
-
-
-def plain_batches(data: ImageData, recipe: Recipe) -> Batches:
-    """Training images in a fixed random order, as they are: for calibration and BatchNorm."""
-    order = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(_BN_BATCHES_SEED))
-    return Batches(data.train_images[order], data.train_labels[order], recipe.data.batch_size)
 
 
 def _warmup_cosine(steps: int, warmup: float) -> Schedule:

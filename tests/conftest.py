@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from PIL import Image
 
 import fxquant.timm  # noqa: F401 - makes torchvision importable next to a CPU build of torch
 
@@ -33,3 +35,17 @@ def digits_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits_run")
     recipe = load_recipe(RECIPES / "digits_w4a4_nipq.toml", ["float.epochs=6", "train.epochs=4"])
     return run(recipe, folder), folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Generated images in the layout of ImageNet: 14 to train on and 6 held out, in three classes told by colour."""
+    root, drawn = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, counts in (("train", (5, 5, 4)), ("validation", (2, 2, 2))):
+        for label, count in zip("abc", counts, strict=True):
+            (root / split / label).mkdir(parents=True)
+            for index in range(count):
+                pixels = drawn.integers(0, 128, (40, 48, 3), dtype=np.uint8)
+                pixels[..., "abc".index(label)] += 100
+                Image.fromarray(pixels).save(root / split / label / f"{index}.png")
+    return root

@@ -50,6 +50,30 @@ def test_phases(images, total, finetune, begins):
     assert phases == ["train"] * begins + ["finetune"] * (total + 1 - begins)
 
 
+@pytest.mark.parametrize(("after", "held"), [(None, [0, 0, 0, 0]), (2, [0, 0, 1, 1]), (0, [1, 1, 1, 1])])
+def test_batch_norm_is_frozen_after_so_many_steps(images, after, held):
+    """Trained throughout, frozen on the way, or frozen from the start; a resumed training goes on so."""
+    model = prepared(images)
+    controller = Controller(model, 8, freeze_batch_norm=after)
+    seen = []
+    for _ in range(4):
+        before = model.stem.bn.running_mean.clone()
+        model.train()(images)
+        seen.append(int(torch.equal(before, model.stem.bn.running_mean)))
+        controller.step()
+    assert seen == held
+    resumed = prepared(images)
+    Controller(resumed, 8, freeze_batch_norm=after).load_state_dict(controller.state_dict())
+    before = resumed.stem.bn.running_mean.clone()
+    resumed.train()(images)
+    assert torch.equal(before, resumed.stem.bn.running_mean) is (after is not None)
+
+
+def test_a_negative_number_of_steps_is_refused(images):
+    with pytest.raises(SpecError, match="freeze_batch_norm=-1"):
+        Controller(prepared(images), 8, freeze_batch_norm=-1)
+
+
 def test_finetune_fixes_widths_and_ends_the_noise(images):
     """Exactly at its first step; from then on a training forward is the eval forward."""
     model = prepared(images)

@@ -1,10 +1,16 @@
 """Data sets and the in-memory loader."""
 
+import random
+import shutil
+import tarfile
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from fxquant.data import Batches, load_data
-from fxquant.errors import EmptyDataError, SpecError, UnknownNameError
+from fxquant.data import Batches, load_data, open_data
+from fxquant.errors import EmptyDataError, FxQuantError, SpecError, UnknownNameError
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +72,162 @@ def test_bad_input():
         Batches(torch.zeros(0, 1, 2, 2), torch.zeros(0), 4)
     with pytest.raises(SpecError, match="batch_size=0 was asked for"):
         Batches(torch.zeros(1, 1, 2, 2), torch.zeros(1), 0)
+
+
+# ---- images on disk ------------------------------------------------------------------------------------------
+
+CONFIG = {
+    "input_size": (3, 32, 32),
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.2, 0.2, 0.2),
+    "interpolation": "bilinear",
+    "crop_pct": 1.0,
+}
+
+
+def opened(root, name="folder", config=CONFIG, **options):
+    options = {
+        "image_size": None, "batch_size": 4, "workers": 0, "splits": ("train", "validation"), "augmentation": {},
+        "plain_batches": 2, "test_images": None, "shift": 0,
+    } | options  # fmt: skip
+    return open_data(name=name, dir=None if root is None else str(root), config=config, **options)
+
+
+def passes(loader, *epochs):
+    out = []
+    for epoch in epochs:
+        loader.epoch = epoch
+        out.append([(images.clone(), labels) for images, labels in loader])
+    return out
+
+
+def same(a, b):
+    return all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b, strict=True))
+
+
+def test_a_folder_of_images(image_folder):
+    data = opened(image_folder)
+    assert data.classes == 3
+    assert data.example.shape == (1, 3, 32, 32)
+    train, test = list(data.train(0)), list(data.test())
+    assert [len(labels) for _, labels in train] == [4, 4, 4]  # of 14: the rest is dropped
+    assert sum(len(labels) for _, labels in test) == 6
+    assert torch.cat([labels for _, labels in test]).tolist() == [0, 0, 1, 1, 2, 2]
+    assert train[0][0].dtype == torch.float32
+    assert train[0][1].dtype == torch.int64
+    assert len(data.train(0)) == 3
+    assert len(data.test()) == 2
+
+
+def test_images_are_normalised_as_the_model_wants_them(tmp_path):
+    """A white image at (1 - mean) / std, at the model's own size or the asked one."""
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("RGB", (40, 50), "white").save(tmp_path / split / "a" / "0.png")
+    for size in (None, 24):
+        ((images, _),) = opened(tmp_path, image_size=size).test()
+        assert images.shape == (1, 3, size or 32, size or 32)
+        assert torch.allclose(images[0, :, 3, 3], torch.tensor([2.5, 3.0, 3.5]), atol=1e-5)
+    grey = opened(tmp_path, config=CONFIG | {"input_size": (1, 32, 32)})
+    ((images, _),) = grey.test()
+    assert images.shape == (1, 1, 32, 32)
+    assert torch.allclose(images, torch.tensor(3.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_order_and_augmentation_depend_on_seed_and_epoch_alone(image_folder, workers):
+    """So a resumed run sees what an uninterrupted one would have seen, with any number of workers."""
+    whole = passes(opened(image_folder).train(3), 0, 1, 2)
+    random.seed(9)
+    torch.manual_seed(9)
+    (resumed,) = passes(opened(image_folder, workers=workers).train(3), 2)
+    assert same(whole[2], resumed)
+    assert not same(whole[0], whole[1])
+    (other,) = passes(opened(image_folder).train(4), 0)
+    assert not same(whole[0], other)
+
+
+def test_reading_images_leaves_the_random_numbers_of_the_run_alone(image_folder):
+    loader = opened(image_folder).train(0)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    list(loader)
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_plain_batches_are_fixed_and_not_augmented(image_folder):
+    data = opened(image_folder)
+    first, again = passes(data.plain(), 0, 1)
+    assert len(first) == len(data.plain()) == 2
+    assert same(first, again)
+    everything = torch.cat([images for images, _ in opened(image_folder, plain_batches=99).plain()])
+    assert len(everything) == 14
+    flat = {tuple(image.flatten().tolist()) for image in everything}
+    assert {tuple(image.flatten().tolist()) for images, _ in first for image in images} < flat
+
+
+def test_augmentation_takes_timms_options(image_folder):
+    still = opened(image_folder, augmentation={"no_aug": True}).train(0)
+    (first, second) = passes(still, 0, 1)
+    key = lambda batches: sorted(tuple(i.flatten().tolist()) for images, _ in batches for i in images)  # noqa: E731
+    assert len(set(key(first)) | set(key(second))) <= 14
+    with pytest.raises(FxQuantError, match=r"timm cannot open .*no_augs"):
+        opened(image_folder, augmentation={"no_augs": True})
+
+
+def test_held_out_images_can_be_fewer(image_folder):
+    data = opened(image_folder, test_images=4)
+    first, again = passes(data.test(), 0, 5)
+    assert same(first, again)
+    assert sum(len(labels) for _, labels in first) == 4
+
+
+def test_tar_files_and_torchvisions_data_sets(image_folder, tmp_path):
+    for split in ("train", "test"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            tar.add(image_folder / ("validation" if split == "test" else split), arcname=".")
+    tars, folder = opened(tmp_path, splits=("train", "test")), opened(image_folder)
+    assert same(list(tars.test()), list(folder.test()))
+    again = opened(image_folder, name="torch/image_folder")
+    assert same(list(again.test()), list(folder.test()))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "words"),
+    [
+        (
+            lambda root: None,
+            {"splits": ("train", "tset")},
+            r"has no 'tset' \(nor tset.tar\); it holds train, validation",
+        ),
+        (
+            lambda root: shutil.rmtree(root / "validation"),
+            {},
+            r"has no 'validation'.*it holds train\. Set data\.splits",
+        ),
+        (lambda root: shutil.rmtree(root / "train" / "b"), {}, r"classes of 'train' and 'validation'.*'b'"),
+        (lambda root: [p.unlink() for p in (root / "train").glob("*/*")], {}, "Found 0 images|holds no image"),
+        (lambda root: shutil.rmtree(root), {}, r"data\.dir = .* is not a folder"),
+        (
+            lambda root: None,
+            {"name": "torch/nonesuch"},
+            r"timm cannot open 'torch/nonesuch'.*Unknown torchvision dataset",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_said(image_folder, tmp_path, spoil, options, words):
+    root = tmp_path / "copy"
+    shutil.copytree(image_folder, root)
+    spoil(root)
+    with pytest.raises(FxQuantError, match=words):
+        opened(root, **options)
+
+
+def test_a_data_set_on_disk_needs_a_folder_and_a_known_name():
+    with pytest.raises(FxQuantError, match=r"data\.dir is not set; --set data\.dir=FOLDER"):
+        opened(None)
+    with pytest.raises(UnknownNameError, match="did you mean 'folder'"):
+        opened(None, name="foldr")
+    with pytest.raises(UnknownNameError):
+        opened(None, name="torchy/cifar10")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fxquant as fq
 from fxquant.errors import EmptyDataError, SpecError
 from fxquant.estimators import ESTIMATORS, Estimator
-from fxquant.freeze import reestimate_batch_norm
+from fxquant.freeze import hold_batch_norm, reestimate_batch_norm
 from fxquant.layers import QATLayer
 from tests.models import TinyMobile, TinyResidual, settle
 
@@ -71,6 +71,36 @@ def test_batch_norm_keeps_its_statistics_without_data():
     model.eval()(x)  # the first data set the ranges
     before = bn_state(model)
     fq.freeze(model)
+    assert same(before, bn_state(model))
+
+
+def test_held_statistics_stay_and_normalise_in_training_too():
+    x = images()
+    model = prepared(x).train()
+    hold_batch_norm(model)
+    hold_batch_norm(model)  # twice is once
+    before = bn_state(model)
+    with torch.no_grad():
+        alone, together = model.train()(x[:1]), model.train()(x)[:1]
+    assert torch.allclose(alone, together, atol=1e-5)  # batch mates do not matter
+    assert same(before, bn_state(model))
+    loss = model(images()).square().sum()
+    loss.backward()
+    assert model.stem.bn.weight.grad.abs().max() > 0
+    copied = copy.deepcopy(model).train()
+    copied(images())
+    assert same(before, bn_state(copied))
+    fq.freeze(model, calibration=[images()])  # still re-estimates
+    assert not same(before, bn_state(model))
+
+
+def test_reestimating_leaves_statistics_held():
+    x = images()
+    model = prepared(x).train()
+    hold_batch_norm(model)
+    reestimate_batch_norm(model, [images()])
+    before = bn_state(model)
+    model.train()(images())
     assert same(before, bn_state(model))
 
 

@@ -22,6 +22,23 @@ def test_the_recipes_of_the_front_page_are_there():
     assert {"digits_w2a2_gdnsq", "digits_mixed4_nipq"} <= names
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        "resnet18", "resnet50", "mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_lite0", "efficientnet_b0",
+        "regnety_008", "repvgg_a0", "convnext_atto", "vit_tiny_patch16_224", "deit_tiny_patch16_224",
+        "swin_tiny_patch4_window7_224",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("widths", ["w8a8_lsq", "w4a4_pege", "mixed4_nipq"])
+def test_recipes_of_pretrained_models(model, widths):
+    recipe = load_recipe(RECIPES / f"{model}_imagenet_{widths}.toml")
+    assert (recipe.model.name, recipe.model.pretrained, recipe.data.name) == (model, True, "folder")
+    rules, budget = recipe.built_rules(), recipe.built_budget()
+    assert rules[-1].weight_bits == rules[-1].activation_bits == {"w8": 8, "w4": 4, "mi": (2, 8)}[widths[:2]]
+    assert budget.mean_weight_bits == (4 if "mixed" in widths else None)
+
+
 def test_rules_of_w4a4():
     first_and_last, rest = load_recipe(RECIPES / "digits_w4a4_pege.toml").built_rules()
     assert (first_and_last.pattern, first_and_last.weight_bits, first_and_last.activation_bits) == ("first|last", 8, 8)

@@ -81,7 +81,7 @@ def test_integer_model_reads_back_bit_for_bit(digits_run):
     loaded = load_run(folder)
     for name, tensor in outcome.reference.state_dict().items():
         assert torch.equal(tensor, loaded.reference.state_dict()[name]), name
-    report = verify(None, loaded.reference, loaded.test_batches())
+    report = verify(None, loaded.reference, loaded.data.test())
     assert report.reference_accuracy == outcome.result["reference_accuracy"]
 
 
@@ -203,3 +203,64 @@ def test_output_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputFolderError, match="cannot be used for output"):
         checkpoint.claim_output(tmp_path / "file", resume=False)
+
+
+# ---- images on disk --------------------------------------------------------------------------------------
+
+IMAGES = [
+    "model.pretrained=false", "model.options={num_classes=3}", "data.workers=0", "data.batch_size=4",
+    "data.image_size=32", "train.epochs=2", "quantization.lower=['x86']",
+]  # fmt: skip
+
+
+def on_images(folder, name, *overrides):
+    return load_recipe(RECIPES / f"{name}.toml", [*IMAGES, f"data.dir='{folder}'", *overrides])
+
+
+@pytest.mark.parametrize("batch_norm", [[], ["train.freeze_batch_norm=0.5", "train.reestimate_batch_norm=false"]])
+def test_a_timm_model_on_an_image_folder_trains_resumes_and_is_read_back(image_folder, tmp_path, batch_norm):
+    recipe = on_images(image_folder, "resnet18_imagenet_mixed4_nipq", "model.name=test_resnet", *batch_norm)
+    whole = run(recipe, tmp_path / "whole")
+    assert whole.report.reference_equals_fake_quant
+    assert whole.result["images"] == 6
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "cut", progress=Cut("quantized", 4))
+    resumed = run(recipe, tmp_path / "cut", resume=True)
+    loaded = [load_run(tmp_path / "whole" / name).reference for name in ("integer.safetensors", "checkpoint.pt")]
+    for name, tensor in whole.reference.state_dict().items():
+        for other in (resumed.reference, *loaded):
+            assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_batch_norm_is_left_alone_where_the_recipe_says_so(image_folder, tmp_path):
+    """Held from the start and not re-estimated: it ends as it began."""
+    held = ["train.freeze_batch_norm=0", "train.reestimate_batch_norm=false"]
+    for options, same in ((held, True), (held[:1], False), (held[1:], False)):
+        recipe = on_images(image_folder, "resnet18_imagenet_w8a8_lsq", "model.name=test_resnet", *options)
+        model = run(recipe, tmp_path / f"{len(options)}{options[0]}").model
+        means = [m.running_mean.abs().max() for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert bool(max(means) == 0) is same  # an untrained model's are zero
+
+
+def test_a_recipe_on_images_says_what_is_missing(tmp_path):
+    recipe = load_recipe(RECIPES / "resnet18_imagenet_w8a8_lsq.toml", ["model.pretrained=false"])
+    with pytest.raises(FxQuantError, match=r"data\.dir is not set"):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+IMAGENET = sorted(path.stem for path in RECIPES.glob("*_imagenet_*.toml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMAGENET)
+def test_a_recipe_for_imagenet_runs_a_short_epoch_on_generated_images(name, image_folder, tmp_path):
+    """At the model's own size, untrained, everything else as in the recipe."""
+    overrides = [*IMAGES[:4], "train.epochs=1", f"data.dir='{image_folder}'", "quantization.lower=['x86']"]
+    recipe = load_recipe(RECIPES / f"{name}.toml", overrides)
+    outcome = run(recipe, tmp_path / "run")
+    assert outcome.report.reference_equals_fake_quant
+    budget = recipe.built_budget()
+    assert outcome.result["mean_weight_bits"] <= (budget.mean_weight_bits or 8)
+    assert outcome.result["mean_activation_bits"] <= (budget.mean_activation_bits or 8)
+    assert set(outcome.lowered) == {"x86"}
