@@ -17,7 +17,17 @@ try:
     import torch.ao.nn.intrinsic.quantized as nniq
     import torch.ao.nn.quantized as nnq
     import torch.ao.nn.quantized.reference as nnqr
-    from torch.ao.quantization import FakeQuantizeBase, QConfig, QConfigMapping
+    from torch.ao.quantization import (
+        FakeQuantizeBase,
+        FusedMovingAvgObsFakeQuantize,
+        MovingAverageMinMaxObserver,
+        MovingAveragePerChannelMinMaxObserver,
+        QConfig,
+        QConfigMapping,
+        disable_fake_quant,
+        disable_observer,
+        get_default_qat_qconfig_mapping,
+    )
     from torch.ao.quantization.backend_config import (
         BackendConfig,
         BackendPatternConfig,
@@ -48,12 +58,18 @@ __all__ = [
     "BackendPatternConfig",
     "DTypeConfig",
     "FakeQuantizeBase",
+    "FusedMovingAvgObsFakeQuantize",
+    "MovingAverageMinMaxObserver",
+    "MovingAveragePerChannelMinMaxObserver",
     "ObservationType",
     "QConfig",
     "QConfigMapping",
     "convert_fx",
     "convert_to_reference_fx",
     "deprecations_silenced",
+    "disable_fake_quant",
+    "disable_observer",
+    "get_default_qat_qconfig_mapping",
     "get_native_backend_config",
     "nni",
     "nniq",

@@ -157,9 +157,10 @@ def coverage_command(
     models: Annotated[
         Path | None, typer.Option(help="file of 'model input_size' lines [default: timm's test_* models]")
     ] = None,
-    output: Annotated[Path, typer.Option(help="folder for coverage_w<bits>.csv")] = Path("runs/coverage"),
+    output: Annotated[Path, typer.Option(help="folder for the table, coverage_w<bits>.csv")] = Path("runs/coverage"),
     bits: Annotated[int, typer.Option(help="width of all layers but the first and the last")] = 4,
     resume: Annotated[bool, typer.Option("--resume", help="keep the rows that are there")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="through torch.ao as it comes instead, to compare")] = False,
 ) -> None:
     """Take timm models through every stage, each in a process of its own; one CSV row a model."""
     from . import coverage, timm
@@ -176,7 +177,8 @@ def coverage_command(
             highlight=False,
         )
 
-    rows = coverage.cover(chosen, bits, output / f"coverage_w{bits}.csv", resume=resume, watch=watch)
+    table = output / f"coverage_{'plain_' if plain else ''}w{bits}.csv"
+    rows = coverage.cover(chosen, bits, table, resume=resume, watch=watch, way="torch.ao" if plain else "fxquant")
     out.print(coverage.summary(rows), markup=False, highlight=False)
 
 

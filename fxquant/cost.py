@@ -119,4 +119,5 @@ def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def _weighted_mean(pairs: list[tuple[Tensor, int]]) -> Tensor:
     total = sum(elements for _, elements in pairs)
-    return torch.stack([bits * (elements / total) for bits, elements in pairs]).sum()
+    weighted = torch.stack([bits.to(torch.float64) * elements for bits, elements in pairs])
+    return (weighted.sum() / total).to(torch.float32)  # in float64, so that 8 bits everywhere are 8, not 8.000001

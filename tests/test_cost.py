@@ -116,3 +116,15 @@ def test_quantizer_parameters_are_those_of_all_quantizers(model):
     quantizers = {names[id(p)] for p in cost.quantizer_parameters(model)}
     assert quantizers == {n for n in names.values() if "fake_quant." in n or "_edge." in n}
     assert len(quantizers) == len(cost.quantizer_parameters(model)) == 5 * 3 + 3 * 2
+
+
+def test_the_mean_of_equal_widths_is_that_width():
+    """8.000001, as sums in float32 make it of these sizes, would be over a budget of 8."""
+    x = torch.randn(2, 3, 16, 16)
+    prepared = fq.prepare(TinyResidual(), [fq.Rule("*", 8, 8)], calibration=[x])
+    (layer, *_) = cost.qat_layers(prepared).values()
+    sizes = [3 * (index + 1) for index in range(12)]
+    layers = {str(index): layer for index in range(len(sizes))}
+    costs = {str(index): cost.LayerCost(1, size, size) for index, size in enumerate(sizes)}
+    assert float(cost.mean_weight_bits(layers, costs)) == 8
+    assert float(cost.mean_activation_bits(layers, costs)) == 8

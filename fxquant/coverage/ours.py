@@ -1,0 +1,84 @@
+"""The way through fxquant."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..controller import param_groups
+from ..convert import convert
+from ..freeze import freeze
+from ..layers import QATLayer
+from ..lower import lower
+from ..prepare import prepare
+from ..spec import Rule
+from ..verify import verify
+from . import probe
+from .row import Row
+
+
+def stages(row: Row, model: nn.Module, images: Tensor) -> Iterator[None]:
+    """One ``yield`` a stage of :data:`~fxquant.coverage.row.STAGES` after the first."""
+    rules = [Rule("first|last", 8, 8), Rule("*", row.bits, row.bits)]
+    begun = time.perf_counter()
+    prepared = prepare(model, rules, calibration=[images])
+    row.prepare_seconds = round(time.perf_counter() - begun, 1)
+    info = prepared.meta["fxquant"]
+    row.layers, row.opaque = len(info.costs), len(info.opaque)
+    row.conv_bn_fused, row.conv_bn_total = _fused_norms(prepared)
+    row.float_difference = info.capture_difference
+    yield
+
+    prepared.train()
+    optimizer = torch.optim.SGD(param_groups(prepared, lr=1e-4, quantizer_lr=1e-4))
+    prepared(images).square().mean().backward()
+    row.without_gradient = probe.without_gradient(prepared)
+    nn.utils.clip_grad_norm_([p for p in prepared.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    yield
+
+    freeze(prepared)
+    yield
+    reference = convert(prepared)
+    yield
+    lowered = lower(reference, "x86")
+    on_kernels = {r.name for r in lowered.meta["fxquant_lowered"] if r.kernel != "reference"}
+    integer = _integer_macs(reference, on_kernels, info.costs)
+    row.integer_macs = round(min(integer / max(probe.total_macs(model, images[:1]), 1), 1.0), 4)
+    yield
+    report = verify(prepared, reference, [images], lowered={"x86": lowered})
+    row.reference_equal = report.reference_equals_fake_quant
+    row.agreement = report.lowered["x86"].argmax_agreement
+    with torch.no_grad():
+        row.cosine = probe.least_cosine(lowered(images), reference(images))
+    yield
+
+
+def _fused_norms(prepared: torch.fx.GraphModule) -> tuple[int, int]:
+    """(BatchNorms inside of layers, those plus the ones that follow a convolution and are not)."""
+    modules = dict(prepared.named_modules())
+    fused = sum(getattr(m, "bn", None) is not None for m in modules.values() if isinstance(m, QATLayer))
+    loose = 0
+    for node in prepared.graph.nodes:
+        if node.op == "call_module" and isinstance(modules[node.target], nn.BatchNorm2d):
+            source = node.args[0]
+            layer = modules[source.target] if source.op == "call_module" else None
+            # Where the layer has a BatchNorm or a ReLU, what follows comes after that.
+            loose += isinstance(layer, nn.Conv2d) and not (getattr(layer, "bn", None) or getattr(layer, "relu", False))
+    return fused, fused + loose
+
+
+def _integer_macs(reference, on_kernels: set[str], costs: dict) -> int:
+    """MACs of the layers that ``lower`` put on kernels."""
+    integer = 0
+    for node in reference.graph.nodes:
+        if not str(node.target).endswith("_rescale"):
+            continue
+        results = {node.name, *(user.name for user in node.users)}
+        name = next((n for n in costs if n.replace(".", "_") == str(node.target).removesuffix("_rescale")), None)
+        if name is not None and results & on_kernels:
+            integer += costs[name].macs
+    return integer
