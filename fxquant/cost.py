@@ -38,11 +38,11 @@ def qat_layers(model: nn.Module) -> dict[str, QATLayer]:
 def measure_costs(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[str, LayerCost]:
     """Run ``example_inputs`` through ``model`` once and read off every quantized layer's sizes per image."""
     costs: dict[str, LayerCost] = {}
+    images = len(example_inputs[0])  # not what a layer gets: windows of images are cut in between
     handles = []
     for name, layer in qat_layers(model).items():
 
         def note(layer, args, out, name=name):
-            images = args[0].shape[0]
             per_output = layer.weight[0].numel()
             macs = out.numel() * per_output // images
             before = costs.get(name)

@@ -64,6 +64,22 @@ def test_a_layer_used_twice_computes_twice_and_is_stored_once():
     assert costs["conv"] == cost.LayerCost(macs=2 * 8 * 8 * 3 * 3 * 9, weights=81, inputs=192)
 
 
+def test_sizes_are_of_an_image_where_a_layer_sees_windows_of_it():
+    class Windows(nn.Module):
+        """Four windows of an image side by side in the batch, as in Swin."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 3, 1), nn.Linear(48, 5)
+
+        def forward(self, x):
+            windows = self.conv(x).unflatten(2, (2, 4)).unflatten(4, (2, 4)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+            return self.linear(windows.flatten(1)).unflatten(0, (-1, 4)).mean(1)
+
+    costs = fq.prepare(Windows(), [fq.Rule("*", 4, 4)], calibration=[torch.randn(2, 3, 8, 8)]).meta["fxquant"].costs
+    assert costs["linear"] == cost.LayerCost(macs=4 * 48 * 5, weights=48 * 5, inputs=4 * 48)
+
+
 def test_mean_bits_and_bit_operations(model):
     layers, costs = cost.qat_layers(model), model.meta["fxquant"].costs
     weights = sum(BY_HAND[n][1] * WIDTHS[n][0] for n in BY_HAND) / sum(s[1] for s in BY_HAND.values())
