@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import fxquant.timm
 from fxquant import checkpoint
+from fxquant.coverage.probe import random_images, settled
 from fxquant.errors import CheckpointError, FxQuantError, NonFiniteError, OutputFolderError, RuleError
 from fxquant.recipe import load_recipe
 from fxquant.train import Silent, load_run, run
@@ -255,9 +257,13 @@ IMAGENET = sorted(path.stem for path in RECIPES.glob("*_imagenet_*.toml"))
 @pytest.mark.slow
 @pytest.mark.parametrize("name", IMAGENET)
 def test_a_recipe_for_imagenet_runs_a_short_epoch_on_generated_images(name, image_folder, tmp_path):
-    """At the model's own size, untrained, everything else as in the recipe."""
-    overrides = [*IMAGES[:4], "train.epochs=1", f"data.dir='{image_folder}'", "quantization.lower=['x86']"]
-    recipe = load_recipe(RECIPES / f"{name}.toml", overrides)
+    """At the model's own size, from a file of weights in the place of pretrained ones, all else as in the recipe."""
+    weights, overrides = tmp_path / "weights.pth", ["model.pretrained=false", "data.workers=0", "data.batch_size=4"]
+    overrides += ["train.epochs=1", f"data.dir='{image_folder}'", "quantization.lower=['x86']"]
+    model = load_recipe(RECIPES / f"{name}.toml").model.name
+    size = fxquant.timm.resolve_model_data_config(fxquant.timm.create_model(model))["input_size"][-1]
+    torch.save(settled(fxquant.timm.create_model(model), random_images(size)).state_dict(), weights)
+    recipe = load_recipe(RECIPES / f"{name}.toml", [*overrides, f"model.options={{checkpoint_path='{weights}'}}"])
     outcome = run(recipe, tmp_path / "run")
     assert outcome.report.reference_equals_fake_quant
     budget = recipe.built_budget()

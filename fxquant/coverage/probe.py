@@ -21,7 +21,7 @@ def random_images(size: int) -> Tensor:
 
 
 def settled(model: nn.Module, images: Tensor) -> nn.Module:
-    """A random model that looks trained: what starts at zero is drawn, BatchNorm has seen activations."""
+    """A random model that looks trained: what starts at zero is drawn, BatchNorm has the images' statistics."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter) or weight.any():
@@ -33,9 +33,14 @@ def settled(model: nn.Module, images: Tensor) -> nn.Module:
     for name, parameter in model.named_parameters():
         if name.endswith("gain") and not parameter.any():  # of weight-standardised convolutions
             nn.init.constant_(parameter, 0.5)
+    norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    for norm in norms:
+        norm.momentum = 1.0
     model.train()
     with torch.no_grad():
         model(images)
+    for norm, momentum in norms.items():
+        norm.momentum = momentum
     return model
 
 
