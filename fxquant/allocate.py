@@ -34,21 +34,13 @@ def fix_widths(
     Raises:
         SpecError: where even the lowest widths exceed the budget.
     """
+    require_reachable(model, budget)
     layers = cost.qat_layers(model)
-    choices = {
-        (name, kind): _Choice(estimator)
-        for name, layer in layers.items()
-        for kind, estimator in (("weight", layer.weight_fake_quant), ("activation", layer.input_fake_quant))
-    }
+    choices = _choices(model)
     limits = list(_limits(budget, prepared_info(model).costs, choices)) if budget else []
-    for what, limit, spent, saved in limits:
+    for _, limit, spent, saved in limits:
         while spent() > limit + 1e-9:
             movable = [(key, c) for key, c in choices.items() if c.bits > c.lowest and saved(key) > 0]
-            if not movable:
-                raise SpecError(
-                    f"budget {what}={limit:g} was asked for, but the lowest widths that the rules allow already take "
-                    f"{spent():g}; raise the budget, or lower the rules' widths"
-                )
             _, choice = min(movable, key=lambda item: item[1].strain() / saved(item[0]))
             choice.bits -= 1
     _spend_what_is_left(limits, choices)
@@ -57,6 +49,29 @@ def fix_widths(
         if not choice.estimator.settled and not (keep_learning and interval):
             choice.estimator.fix_width(choice.bits)
     return {name: (choices[name, "weight"].bits, choices[name, "activation"].bits) for name in layers}
+
+
+def require_reachable(model: nn.Module, budget: Budget | None) -> None:
+    """Raises :class:`SpecError` where even the lowest widths that a prepared model's rules allow exceed ``budget``."""
+    if not budget:
+        return
+    choices = _choices(model)
+    for choice in choices.values():
+        choice.bits = choice.lowest
+    for what, limit, spent, _ in _limits(budget, prepared_info(model).costs, choices):
+        if spent() > limit + 1e-9:
+            raise SpecError(
+                f"budget {what}={limit:g} was asked for, but the lowest widths that the rules allow already take "
+                f"{spent():g}; raise the budget, or lower the rules' widths"
+            )
+
+
+def _choices(model: nn.Module) -> dict[tuple[str, str], _Choice]:
+    return {
+        (name, kind): _Choice(estimator)
+        for name, layer in cost.qat_layers(model).items()
+        for kind, estimator in (("weight", layer.weight_fake_quant), ("activation", layer.input_fake_quant))
+    }
 
 
 def _spend_what_is_left(limits: list, choices: dict[tuple[str, str], _Choice]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .allocate import fix_widths
+from .allocate import fix_widths, require_reachable
 from .cost import quantizer_parameters
 from .errors import CheckpointError, SpecError
 from .estimators import Estimator
@@ -30,7 +30,7 @@ class Controller:
             too (gamma and beta train on); they train throughout when not given.
 
     Raises:
-        SpecError: for steps or a share that make no sense.
+        SpecError: for steps or a share that make no sense, or a budget below the lowest widths of the rules.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Controller:
             raise SpecError(f"finetune={finetune!r} was asked for; it is a share of the steps, from 0 to below 1")
         if freeze_batch_norm is not None and freeze_batch_norm < 0:
             raise SpecError(f"freeze_batch_norm={freeze_batch_norm!r} was asked for; it is a number of steps")
+        require_reachable(model, budget)
         self.model, self.total_steps, self.budget = model, total_steps, budget
         self.freeze_batch_norm = freeze_batch_norm
         self.finetune_begins = round((1 - finetune) * total_steps)

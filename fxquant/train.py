@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import checkpoint, cost
+from .allocate import require_reachable
 from .controller import Controller, param_groups
 from .convert import convert
 from .data import Data, Loader, open_data
@@ -146,6 +147,7 @@ class _Run:
         """Whatever can be wrong with the recipe comes out here, before anything is trained or written."""
         float_model, data = _model_and_data(self.recipe)
         model = _prepared_without_data(self.recipe, float_model, data)
+        require_reachable(model, self.recipe.built_budget())
         for name in (self.recipe.float_training.optimizer, self.recipe.train.optimizer):
             make_optimizer(param_groups(model, 1e-3), name)
         for backend in self.recipe.quantization.lower:

@@ -6,7 +6,7 @@ import torch
 import fxquant.timm
 from fxquant import checkpoint
 from fxquant.coverage.probe import random_images, settled
-from fxquant.errors import CheckpointError, FxQuantError, NonFiniteError, OutputFolderError, RuleError
+from fxquant.errors import CheckpointError, FxQuantError, NonFiniteError, OutputFolderError, RuleError, SpecError
 from fxquant.recipe import load_recipe
 from fxquant.train import Silent, load_run, run
 from fxquant.verify import verify
@@ -242,6 +242,13 @@ def test_batch_norm_is_left_alone_where_the_recipe_says_so(image_folder, tmp_pat
         model = run(recipe, tmp_path / f"{len(options)}{options[0]}").model
         means = [m.running_mean.abs().max() for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         assert bool(max(means) == 0) is same  # an untrained model's are zero
+
+
+def test_a_budget_out_of_reach_is_refused_before_anything_is_written(tmp_path):
+    recipe = load_recipe(RECIPES / "digits_mixed4_nipq.toml", ["budget.mean_weight_bits=1.5"])
+    with pytest.raises(SpecError, match=r"lowest widths that the rules allow already take 2"):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_recipe_on_images_says_what_is_missing(tmp_path):
