@@ -83,15 +83,14 @@ def split_batch_norm_act(traced: fx.GraphModule) -> None:
             setattr(plain, name, buffer)
         _replace(traced, node.target, plain.train(module.training))
         after = node
-        for part in (getattr(module, "drop", None), module.act):
+        for name, part in (("drop", getattr(module, "drop", None)), ("act", module.act)):
             if part is None or isinstance(part, nn.Identity):
                 continue
             if hasattr(part, "inplace"):
                 part.inplace = False  # it overwrote BatchNorm's result, which may be a node that others read now
-            name = _fresh(traced, f"{node.target}_act")
-            traced.add_submodule(name, part)
+            setattr(plain, name, part)  # under its own name: it may have parameters
             with traced.graph.inserting_after(after):
-                call = traced.graph.call_module(name, (after,))
+                call = traced.graph.call_module(f"{node.target}.{name}", (after,))
             call.meta.update(node.meta)
             after.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
             after = call

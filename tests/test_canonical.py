@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+import fxquant
 from fxquant import canonical
 from fxquant.capture import Capture
 from fxquant.trace import trace
@@ -241,16 +242,15 @@ def test_batch_norm_act_is_split(arguments, expected):
     assert not any(getattr(m, "inplace", False) for m in out.modules())
 
 
-def test_an_activation_with_parameters_moves_next_to_its_batch_norm():
-    """The exception to names that stay: ``bn.act.weight`` is ``bn_act.weight`` then."""
+def test_an_activation_with_parameters_keeps_its_name_also_where_the_batch_norm_is_fused():
     model = block(timm.layers.BatchNormAct2d(4, act_layer=nn.PReLU))
     nn.init.constant_(model[1].act.weight, 0.1)
-    traced = trace(model, (images(),))
-    assert set(state_of(model)) - set(state_of(traced)) == {"1.act.weight"}
-    assert set(state_of(traced)) - set(state_of(model)) == {"1_act.weight"}
-    assert torch.equal(traced.get_parameter("1_act.weight"), model[1].act.weight)
     x = images()
+    traced = trace(model, (x,))
+    assert set(state_of(traced)) == set(state_of(model))
     assert torch.allclose(traced(x), model(x), rtol=1e-5, atol=1e-5)
+    prepared = fxquant.prepare(nn.Sequential(model, nn.Flatten()), [fxquant.Rule("*", 8, 8)], calibration=[x])
+    assert torch.equal(prepared.get_parameter("0.1.act.weight"), model[1].act.weight)
 
 
 @pytest.mark.parametrize("zero", [False, True])
