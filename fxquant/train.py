@@ -347,6 +347,7 @@ def build_model(recipe: Recipe) -> nn.Module:
 
     Raises:
         UnknownNameError: for a name that timm does not have, with the nearest.
+        FxQuantError: for options it does not take, or weights that cannot be loaded.
     """
     from . import timm
 
@@ -355,6 +356,12 @@ def build_model(recipe: Recipe) -> nn.Module:
         raise UnknownNameError("timm model", recipe.model.name, names)
     try:
         return timm.create_model(recipe.model.name, pretrained=recipe.model.pretrained, **recipe.model.options)
+    except (OSError, RuntimeError) as error:
+        raise FxQuantError(
+            f"the weights of {recipe.model.name} cannot be loaded ({' '.join(str(error).split())[:300]}). Pretrained "
+            "ones come over the network once; weights in a file are taken with model.pretrained = false and "
+            "model.options.checkpoint_path = FILE"
+        ) from error
     except (TypeError, ValueError) as error:
         raise FxQuantError(f"timm cannot build {recipe.model.name} with {recipe.model.options}: {error}") from None
 

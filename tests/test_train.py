@@ -8,7 +8,7 @@ from fxquant import checkpoint
 from fxquant.coverage.probe import random_images, settled
 from fxquant.errors import CheckpointError, FxQuantError, NonFiniteError, OutputFolderError, RuleError, SpecError
 from fxquant.recipe import load_recipe
-from fxquant.train import Silent, load_run, run
+from fxquant.train import Silent, build_model, load_run, run
 from fxquant.verify import verify
 
 from .conftest import RECIPES
@@ -242,6 +242,31 @@ def test_batch_norm_is_left_alone_where_the_recipe_says_so(image_folder, tmp_pat
         model = run(recipe, tmp_path / f"{len(options)}{options[0]}").model
         means = [m.running_mean.abs().max() for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         assert bool(max(means) == 0) is same  # an untrained model's are zero
+
+
+def test_weights_come_from_a_file_or_it_is_said_that_they_cannot_be_loaded(image_folder, tmp_path):
+    model = fxquant.timm.create_model("test_resnet", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "broken.pth").write_bytes(b"no weights")
+
+    def built(file):
+        options = f"model.options={{num_classes=3, checkpoint_path='{tmp_path / file}'}}"
+        return build_model(on_images(image_folder, "resnet18_imagenet_w8a8_lsq", "model.name=test_resnet", options))
+
+    assert torch.equal(built("weights.pth").fc.weight, model.fc.weight)
+    for file in ("missing.pth", "broken.pth"):
+        with pytest.raises(FxQuantError, match=r"weights of test_resnet cannot be loaded .*checkpoint_path = FILE"):
+            built(file)
+
+
+def test_pretrained_weights_that_cannot_be_had_are_said_so(image_folder, monkeypatch):
+    def offline(*arguments, **options):
+        raise FileNotFoundError("cannot find the requested files in the local cache")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
+    recipe = on_images(image_folder, "resnet18_imagenet_w8a8_lsq", "model.name=test_resnet", "model.pretrained=true")
+    with pytest.raises(FxQuantError, match=r"weights of test_resnet cannot be loaded .*in the local cache"):
+        build_model(recipe)
 
 
 def test_a_budget_out_of_reach_is_refused_before_anything_is_written(tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..controller import param_groups
 from ..convert import convert
+from ..cost import quantizer_parameters
 from ..freeze import freeze
 from ..layers import QATLayer
 from ..lower import lower
@@ -25,11 +26,14 @@ def stages(row: Row, model: nn.Module, images: Tensor) -> Iterator[None]:
     rules = [Rule("first|last", 8, 8), Rule("*", row.bits, row.bits)]
     begun = time.perf_counter()
     prepared = prepare(model, rules, calibration=[images])
-    row.prepare_seconds = round(time.perf_counter() - begun, 1)
+    row.prepare_seconds, row.prepare_peak_mb = round(time.perf_counter() - begun, 1), probe.peak_mb()
     info = prepared.meta["fxquant"]
     row.layers, row.opaque = len(info.costs), len(info.opaque)
     row.conv_bn_fused, row.conv_bn_total = _fused_norms(prepared)
     row.float_difference = info.capture_difference
+    quantizers = {id(p) for p in quantizer_parameters(prepared)}
+    kept = sum(p.numel() for p in prepared.parameters() if id(p) not in quantizers)
+    row.parameters_lost = sum(p.numel() for p in model.parameters()) - kept
     yield
 
     prepared.train()

@@ -28,7 +28,7 @@ def stages(row: Row, model: nn.Module, images: Tensor) -> Iterator[None]:
     model.train()
     begun = time.perf_counter()
     prepared = ao.prepare_qat_fx(copy.deepcopy(model), _mapping(row.bits), (images,))
-    row.prepare_seconds = round(time.perf_counter() - begun, 1)
+    row.prepare_seconds, row.prepare_peak_mb = round(time.perf_counter() - begun, 1), probe.peak_mb()
     quantized = [m for m in prepared.modules() if hasattr(m, "weight_fake_quant")]
     row.layers = len(quantized)
     row.conv_bn_fused, row.conv_bn_total = _fused_norms(prepared)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -31,13 +30,14 @@ def cover_model(name: str, input_size: int, bits: int, way: str = "fxquant") -> 
         torch.manual_seed(0)
         images = probe.random_images(input_size)
         model = probe.settled(timm.create_model(name, pretrained=False), images)
+        row.parameters_m = round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
         row.stages = 1
         for _ in WAYS[way](row, model, images):
             row.stages += 1
     except Exception as error:
         row.failed = f"{STAGES[row.stages]}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     row.seconds = round(time.perf_counter() - started, 1)
-    row.peak_mb = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 0)
+    row.peak_mb = probe.peak_mb()
     return row
 
 

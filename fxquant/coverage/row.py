@@ -28,7 +28,10 @@ class Row:
         reference_equal: whether the reference equals the frozen model, bit for bit.
         agreement: per cent of images whose argmax on x86 is the reference's.
         cosine: of the x86 logits with the reference's, the least over images.
-        prepare_seconds, seconds, peak_mb: time of prepare, of all, and peak memory of the process.
+        parameters_m: millions of parameters of the float model.
+        parameters_lost: how many of them the prepared model does not have: those that no forward in eval mode uses.
+        prepare_seconds, prepare_peak_mb: time of prepare, and peak memory of the process until it returned.
+        seconds, peak_mb: the same of all stages.
     """
 
     model: str
@@ -46,7 +49,10 @@ class Row:
     reference_equal: bool = False
     agreement: float = 0.0
     cosine: float = float("nan")
+    parameters_m: float = 0.0
+    parameters_lost: int = 0
     prepare_seconds: float = 0.0
+    prepare_peak_mb: float = 0.0
     seconds: float = 0.0
     peak_mb: float = 0.0
 
@@ -97,6 +103,11 @@ def summary(rows: list[Row]) -> str:
         lines.append(f"Conv+BN fused: {fused} of {total}")
         lines.append(f"share of MACs on integer kernels: median {statistics.median(shares):.2%}, least {shares[0]:.2%}")
         worst = sorted(reached, key=lambda r: r.cosine)[:5]
+        for row in sorted(reached, key=lambda r: -r.parameters_m)[:10]:
+            lines.append(
+                f"prepare of {row.model}, {row.parameters_m:.1f} M parameters: {row.prepare_seconds:.1f} s, "
+                f"{row.prepare_peak_mb:.0f} MiB"
+            )
         lines.append("least cosine of x86 with the reference: " + ", ".join(f"{r.model} {r.cosine:.4f}" for r in worst))
     lines += [f"{row.model}: {row.failed or 'gradients or bits differ'}" for row in rows if not row.passed]
     return "\n".join(lines)
