@@ -72,6 +72,8 @@ class QATLayer(nn.Module):
         self.weight, self.bias = layer.weight, layer.bias
         adopt_formula(self, layer)
         self.bn = next((m for m in rest if isinstance(m, nn.BatchNorm2d)), None)
+        if self.bn is not None:
+            self.bn._modules.clear()  # capture keeps its activation below it, which the graph calls apart
         self.relu = any(isinstance(m, (nn.ReLU, nn.ReLU6)) for m in rest)
         self.ceiling = 6.0 if any(isinstance(m, nn.ReLU6) for m in rest) else None
         self._set_quantizers(module.qconfig)

@@ -251,6 +251,8 @@ def test_an_activation_with_parameters_keeps_its_name_also_where_the_batch_norm_
     assert torch.allclose(traced(x), model(x), rtol=1e-5, atol=1e-5)
     prepared = fxquant.prepare(nn.Sequential(model, nn.Flatten()), [fxquant.Rule("*", 8, 8)], calibration=[x])
     assert torch.equal(prepared.get_parameter("0.1.act.weight"), model[1].act.weight)
+    named = [name for name, _ in prepared.named_parameters(remove_duplicate=False) if name.endswith("act.weight")]
+    assert named == ["0.1.act.weight"]
 
 
 @pytest.mark.parametrize("zero", [False, True])
