@@ -8,6 +8,7 @@ The way through, in order:
 * ``freeze`` - whole widths inside the budget, BatchNorm re-estimated, scales fixed.
 * ``convert`` - the reference integer graph, equal to the frozen model bit for bit.
 * ``lower`` - torch's integer kernels, each checked against the reference.
+* ``save``, ``load`` - the reference graph in a packed file, weights at their own 1 to 8 bits.
 * ``verify`` - all of these compared on held-out images.
 * ``get_qat_qconfig``, ``get_qat_qconfig_mapping``, ``get_backend_config`` - for torch.ao's own ``prepare_qat_fx``.
 * ``FxQuantError`` - base of every error that fxquant raises on purpose.
@@ -19,6 +20,7 @@ from .errors import FxQuantError
 from .freeze import freeze
 from .loss import QATLoss
 from .lower import lower
+from .lower.packed import load, save
 from .prepare import calibrate, prepare
 from .qconfig import get_backend_config, get_qat_qconfig, get_qat_qconfig_mapping
 from .spec import Budget, Rule
@@ -38,8 +40,10 @@ __all__ = [
     "get_backend_config",
     "get_qat_qconfig",
     "get_qat_qconfig_mapping",
+    "load",
     "lower",
     "param_groups",
     "prepare",
+    "save",
     "verify",
 ]

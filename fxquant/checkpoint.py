@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from .errors import CheckpointError, OutputFolderError
+from .files import write_whole
 from .recipe import Recipe, RecipeError, parse_recipe
 
 CHECKPOINT, INTEGER_MODEL, RESULT, RECIPE = (
@@ -45,24 +46,6 @@ def claim_output(folder: Path, resume: bool) -> None:
         raise OutputFolderError(f"{folder} cannot be used for output: {nearest} is not a folder that can be written to")
 
 
-def _write(path: Path, write) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then move it there in one step."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputFolderError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write ``values`` as JSON, whole or not at all."""
-    _write(path, lambda p: p.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8"))
-
-
 def read_result(folder: Path) -> dict[str, Any]:
     """The ``result.json`` of a finished run.
 
@@ -82,7 +65,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 def save_checkpoint(folder: Path, recipe: Recipe, state: dict[str, Any]) -> None:
     """Write the state of a run, of tensors and plain values only."""
     content = {"format": _CHECKPOINT_FORMAT, "recipe": recipe.to_json(), **state}
-    _write(folder / CHECKPOINT, lambda p: torch.save(content, p))
+    write_whole(folder / CHECKPOINT, lambda p: torch.save(content, p))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -137,7 +120,7 @@ def save_integer_model(path: Path, recipe: Recipe, state: dict[str, torch.Tensor
     """Write a reference graph's tensors (uint8 grids, int8 weights, int32 biases, scales) with its recipe."""
     metadata = {"format": _INTEGER_FORMAT, "recipe": recipe.to_json()}
     tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
-    _write(path, lambda p: p.write_bytes(safetensors.torch.save(tensors, metadata)))
+    write_whole(path, lambda p: p.write_bytes(safetensors.torch.save(tensors, metadata)))
 
 
 def load_integer_model(path: Path) -> tuple[Recipe, dict[str, torch.Tensor]]:

@@ -15,6 +15,7 @@ from torch import fx
 
 from . import checkpoint, report
 from .errors import FxQuantError, ParityError
+from .files import write_json
 from .recipe import Recipe, RecipeError, load_recipe
 from .spec import get_backend
 from .verify import VerifyReport
@@ -137,7 +138,7 @@ def lower(
     out.print(_summary(loaded.recipe, outcome, None))
     if output is not None:
         parity = outcome.lowered[backend]
-        checkpoint.write_json(
+        write_json(
             output,
             {
                 "recipe": loaded.recipe.name,

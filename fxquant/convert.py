@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
-from .errors import NotFrozenError
+from .errors import CheckpointError, NotFrozenError
 from .estimators import Estimator
+from .freeze import freeze
 from .integer import Dequantize, Quantize
 from .layers import QATLayer
-from .prepare import prepared_info
+from .prepare import prepare, prepared_info
+from .spec import Rule
 
 SOURCE = "fxquant_source"
 """Key of a reference node's ``meta``: the name of the prepared graph's node that computes the same tensor."""
@@ -84,6 +88,51 @@ def convert(model: fx.GraphModule) -> fx.GraphModule:
     reference = fx.GraphModule(root, graph, f"{type(model).__name__}Reference")
     reference.meta["fxquant"] = copy.copy(info)
     return reference.eval().requires_grad_(False)
+
+
+def blank_reference(
+    model: nn.Module, rules: Sequence[Rule], example: Tensor, *, backend: str, residual_bits: int
+) -> fx.GraphModule:
+    """A reference graph with the structure that ``model`` gets by these arguments of prepare, to load tensors into.
+
+    Its values mean nothing; those of ``model`` do not matter.
+    """
+    model = copy.deepcopy(model)
+    with torch.random.fork_rng(), torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and parameter.min() == parameter.max():
+                parameter.normal_()  # prepare refuses a weight without a range
+    prepared = prepare(model, rules, example_inputs=(example,), backend=backend, residual_bits=residual_bits)
+    for module in prepared.modules():
+        if isinstance(module, Estimator):
+            module.initialized.fill_(1)  # shapes are all that matters
+            module._read_flags()
+    freeze(prepared)
+    return convert(prepared)
+
+
+def load_tensors(reference: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Put ``tensors`` into ``reference``, all of them, nothing else.
+
+    Args:
+        what: begins the message: ``"x.fxq does not fit the model"``.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes that differ.
+    """
+    expected = reference.state_dict()
+    wrong = [name for name in {*expected, *tensors} if name not in expected or name not in tensors]
+    wrong += [name for name in expected if name in tensors and not _alike(expected[name], tensors[name])]
+    if wrong:
+        raise CheckpointError(
+            f"{what}: {len(wrong)} tensors are missing, unexpected or of another shape or type, {sorted(wrong)[0]!r} "
+            "among them"
+        )
+    reference.load_state_dict(tensors)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
 
 
 def _copy_attribute(source: nn.Module, target: nn.Module, path: str) -> None:

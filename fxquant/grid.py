@@ -18,6 +18,7 @@ float32, multiplying by the reciprocal as integer kernels do) and reads back as 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -175,3 +176,52 @@ class _RoundStraightThrough(torch.autograd.Function):
 def round_straight_through(x: Tensor) -> Tensor:
     """``round(x)`` whose gradient is that of ``x``."""
     return _RoundStraightThrough.apply(x)
+
+
+def symmetric_bits(codes: Tensor) -> int:
+    """The smallest width whose symmetric grid holds all of ``codes`` (int8): 1 for -1 and +1 alone.
+
+    >>> symmetric_bits(torch.tensor([-1, 1])), symmetric_bits(torch.tensor([0, 7])), symmetric_bits(torch.tensor([-8]))
+    (1, 4, 5)
+    """
+    magnitude = codes.to(torch.int32).abs()
+    if not codes.numel() or bool((magnitude == 1).all()):
+        return 1
+    return int(magnitude.max()).bit_length() + 1 if bool(magnitude.any()) else 2
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes of a symmetric grid, of any shape, to a stream of ``bits`` bits each: uint8 [ceil(n * bits / 8)].
+
+    A code is stored as its distance from the grid's lowest integer (1 bit: as 0 for -1 and 1 for +1), lowest bit first;
+    the bits after the last code are 0.
+
+    Raises:
+        SpecError: codes that are not on the grid.
+    """
+    low, high = bounds(check_bits(bits), "symmetric")
+    flat = codes.detach().cpu().to(torch.int32).flatten().numpy()
+    on_grid = np.isin(flat, (low, high)) if bits == 1 else (flat >= low) & (flat <= high)
+    if not on_grid.all():
+        raise SpecError(f"codes from {flat.min()} to {flat.max()} do not fit {bits} bits, which hold {low} to {high}")
+    stored = ((flat - low) // (2 if bits == 1 else 1)).astype(np.uint8)
+    stream = np.unpackbits(stored[:, None], axis=1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(stream, bitorder="little"))
+
+
+def unpack(stream: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """What :func:`pack` packed: int8 codes of ``shape``.
+
+    Raises:
+        SpecError: a stream of another length, or one that holds what is not on the grid.
+    """
+    low, high = bounds(check_bits(bits), "symmetric")
+    count = int(np.prod(shape, dtype=np.int64))
+    if stream.dtype != torch.uint8 or stream.shape != (-(-count * bits // 8),):
+        raise SpecError(f"{tuple(stream.shape)} bytes of {stream.dtype} are no {count} codes of {bits} bits")
+    found = np.unpackbits(stream.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+    stored = np.packbits(found, axis=1, bitorder="little")[:, 0] if count else np.zeros(0, np.uint8)
+    codes = stored.astype(np.int16) * (2 if bits == 1 else 1) + low
+    if count and codes.max() > high:
+        raise SpecError(f"code {codes.max()} is not on the grid of {bits} bits, which ends at {high}")
+    return torch.from_numpy(codes.astype(np.int8)).reshape(shape)

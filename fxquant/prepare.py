@@ -39,6 +39,8 @@ class PreparedInfo:
             all stay float; with the reason.
         capture_difference: of the captured graph from the model, relative to its largest output.
         costs: sizes of each quantized layer for one image.
+        residual_bits: width of the tensors between layers.
+        input_shape: [C, H, W] of the image it was traced with.
         calibration: the loader given to prepare(), which freeze() re-estimates BatchNorm from.
     """
 
@@ -48,6 +50,8 @@ class PreparedInfo:
     capture_difference: float = 0.0
     costs: dict[str, cost.LayerCost] = field(default_factory=dict)
     calibration: Iterable | None = None
+    residual_bits: int = RESIDUAL_BITS
+    input_shape: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: dict) -> PreparedInfo:
         """A copy of a model shares its loader: data are not part of it."""
@@ -140,6 +144,7 @@ def prepare(
         if isinstance(module, Estimator):
             module.where = name
     info = PreparedInfo(backend, resolved, opaque, traced.meta[DIFFERENCE], calibration=calibration)
+    info.residual_bits, info.input_shape = residual_bits, tuple(example_inputs[0].shape[1:])
     prepared.meta["fxquant"] = info
     if calibration is not None:
         calibrate(prepared, calibration)

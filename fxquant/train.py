@@ -19,10 +19,10 @@ from torch import Tensor, fx, nn
 from . import checkpoint, cost
 from .allocate import require_reachable
 from .controller import Controller, param_groups
-from .convert import convert
+from .convert import blank_reference, convert, load_tensors
 from .data import Data, Loader, open_data
 from .errors import CheckpointError, FxQuantError, NonFiniteError, UnknownNameError
-from .estimators import Estimator
+from .files import write_json
 from .freeze import freeze, settle
 from .loss import QATLoss
 from .lower import lower, require_engine
@@ -102,7 +102,7 @@ class _Run:
 
     def execute(self, state: dict | None) -> RunOutcome:
         recipe = self.recipe
-        checkpoint.write_json(self.output / checkpoint.RECIPE, recipe.model_dump(mode="json", by_alias=True))
+        write_json(self.output / checkpoint.RECIPE, recipe.model_dump(mode="json", by_alias=True))
         stage = state["stage"] if state else "float"
         if state:
             self.started -= state["seconds"]
@@ -140,7 +140,7 @@ class _Run:
             "accuracy": _accuracy(simulated, labels),
             "argmax_agreement": _accuracy(simulated, predictions(model, self.data.test())[0]),
         }
-        checkpoint.write_json(self.output / checkpoint.RESULT, result)
+        write_json(self.output / checkpoint.RESULT, result)
         return RunOutcome(result, report, model, reference, lowered)
 
     def _rehearse(self) -> Data:
@@ -411,14 +411,15 @@ def load_run(path: Path) -> LoadedRun:
         return _from_checkpoint(path)
     recipe, tensors = checkpoint.load_integer_model(path)
     float_model, data = _model_and_data(recipe)
-    model = _prepared_without_data(recipe, float_model, data)
-    for module in model.modules():
-        if isinstance(module, Estimator):
-            module.initialized.fill_(1)  # shapes are all that matters: the file has the values
-            module._read_flags()
-    freeze(model)
-    reference = convert(model)
-    _load_strictly(reference, tensors, path, recipe)
+    quantization = recipe.quantization
+    reference = blank_reference(
+        float_model,
+        recipe.built_rules(),
+        data.example,
+        backend=quantization.backend,
+        residual_bits=quantization.residual_bits,
+    )
+    load_tensors(reference, tensors, _misfit(path, recipe))
     return _loaded(recipe, reference, data)
 
 
@@ -433,7 +434,7 @@ def _from_checkpoint(path: Path) -> LoadedRun:
         )
     float_model, data = _model_and_data(recipe)
     model = _prepared_without_data(recipe, float_model, data)
-    _load_strictly(model, content["model"], path, recipe)
+    load_tensors(model, content["model"], _misfit(path, recipe))
     freeze(model, recipe.built_budget(), calibration=data.plain() if recipe.train.reestimate_batch_norm else ())
     return _loaded(recipe, convert(model), data)
 
@@ -443,16 +444,8 @@ def _loaded(recipe: Recipe, reference: fx.GraphModule, data: Data) -> LoadedRun:
     return LoadedRun(recipe, reference, data)
 
 
-def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path, recipe: Recipe) -> None:
-    expected = model.state_dict()
-    wrong = [name for name in {*expected, *tensors} if name not in expected or name not in tensors]
-    wrong += [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
-    if wrong:
-        raise CheckpointError(
-            f"{path} does not fit the model of its own recipe ({recipe.model.name}): {len(wrong)} tensors are "
-            f"missing, unexpected or of another shape, {sorted(wrong)[0]!r} among them"
-        )
-    model.load_state_dict(tensors)
+def _misfit(path: Path, recipe: Recipe) -> str:
+    return f"{path} does not fit the model of its own recipe ({recipe.model.name})"
 
 
 def _model_and_data(recipe: Recipe) -> tuple[nn.Module, Data]:

@@ -13,7 +13,7 @@ PACKAGE = Path(fxquant.__file__).parent
 
 # Data flows down this list; a module may import only from lines above its own. CONTRIBUTING.md explains each.
 ORDER = [
-    "errors", "schedule", "grid", "ranges", "_torch_ao", "estimators", "spec",
+    "errors", "files", "schedule", "grid", "ranges", "_torch_ao", "estimators", "spec",
     "integer", "computed", "layers", "layers_torch_ao", "qconfig", "capture", "canonical", "trace", "cost", "prepare",
     "allocate", "freeze", "convert", "controller", "loss", "lower", "verify",
     "report", "timm", "data", "recipe", "checkpoint", "coverage", "train", "cli",
@@ -75,7 +75,7 @@ def test_public_api():
     assert set(fxquant.__all__) == {
         "Budget", "Controller", "FxQuantError", "QATLoss", "Rule", "calibrate", "convert", "freeze",
         "get_backend_config", "get_qat_qconfig",
-        "get_qat_qconfig_mapping", "lower", "param_groups", "prepare", "verify",
+        "get_qat_qconfig_mapping", "load", "lower", "param_groups", "prepare", "save", "verify",
     }  # fmt: skip
     for name in fxquant.__all__:
         assert getattr(fxquant, name).__doc__, name

@@ -12,7 +12,7 @@ from fxquant.errors import SpecError
 
 
 def test_doctests():
-    assert doctest.testmod(grid) == (0, 1)
+    assert doctest.testmod(grid) == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import fxquant.timm
 from fxquant import checkpoint
 from fxquant.coverage.probe import random_images, settled
 from fxquant.errors import CheckpointError, FxQuantError, NonFiniteError, OutputFolderError, RuleError, SpecError
+from fxquant.files import write_json
 from fxquant.recipe import load_recipe
 from fxquant.train import Silent, build_model, load_run, run
 from fxquant.verify import verify
@@ -181,10 +182,10 @@ def test_integer_model_of_another_architecture_is_refused(digits_run, tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
-    checkpoint.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OutputFolderError, match="No space left on device"):
-        checkpoint.write_json(path, {"a": 2})
+        write_json(path, {"a": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
     assert path.read_text() == '{\n  "a": 1\n}\n'
 
