@@ -7,23 +7,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 
 from .errors import CheckpointError, OutputFolderError
 from .files import write_whole
 from .recipe import Recipe, RecipeError, parse_recipe
 
-CHECKPOINT, INTEGER_MODEL, RESULT, RECIPE = (
+CHECKPOINT, PACKED_MODEL, RESULT, RECIPE = (
     "checkpoint.pt",
-    "integer.safetensors",
+    "model.fxq",
     "result.json",
     "recipe.json",
 )
 
 _CHECKPOINT_FORMAT = "fxquant-checkpoint-1"
-_INTEGER_FORMAT = "fxquant-integer-1"
 
 
 def claim_output(folder: Path, resume: bool) -> None:
@@ -114,33 +111,6 @@ def checkpoint_for(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
             "same recipe, seed and --set, or name another --output"
         )
     return content
-
-
-def save_integer_model(path: Path, recipe: Recipe, state: dict[str, torch.Tensor]) -> None:
-    """Write a reference graph's tensors (uint8 grids, int8 weights, int32 biases, scales) with its recipe."""
-    metadata = {"format": _INTEGER_FORMAT, "recipe": recipe.to_json()}
-    tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
-    write_whole(path, lambda p: p.write_bytes(safetensors.torch.save(tensors, metadata)))
-
-
-def load_integer_model(path: Path) -> tuple[Recipe, dict[str, torch.Tensor]]:
-    """Read what :func:`save_integer_model` wrote.
-
-    Raises:
-        CheckpointError: a file that is missing, damaged, or something else.
-    """
-    try:
-        with safetensors.safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as an integer model ({error})") from None
-    if metadata.get("format") != _INTEGER_FORMAT:
-        raise CheckpointError(
-            f"{path} is no integer model of fxquant (format {metadata.get('format')!r}, {_INTEGER_FORMAT!r} was "
-            "expected)"
-        )
-    return stored_recipe(metadata.get("recipe", ""), path), tensors
 
 
 def stored_recipe(text: str, path: Path) -> Recipe:

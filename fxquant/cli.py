@@ -97,7 +97,7 @@ def run(
     seed: Seed = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train a recipe, convert, lower, verify, and leave the integer model and result.json in --output."""
+    """Train a recipe, convert, lower, verify, and leave model.fxq and result.json in --output."""
     from .train import run as run_recipe
 
     resolved = load_recipe(recipe, overrides, seed)
@@ -120,7 +120,7 @@ def run(
 def lower(
     source: Annotated[
         Path,
-        typer.Argument(metavar="CHECKPOINT", help="a finished run: its folder, integer.safetensors or checkpoint.pt"),
+        typer.Argument(metavar="CHECKPOINT", help="a finished run: its folder, model.fxq or checkpoint.pt"),
     ],
     backend: Annotated[str, typer.Option(help="x86, onednn, fbgemm or qnnpack")] = "x86",
     output: Annotated[Path | None, typer.Option(help="write the outcome as JSON to this file")] = None,

@@ -19,13 +19,13 @@ from torch import Tensor, fx, nn
 from . import checkpoint, cost
 from .allocate import require_reachable
 from .controller import Controller, param_groups
-from .convert import blank_reference, convert, load_tensors
+from .convert import convert, load_tensors
 from .data import Data, Loader, open_data
 from .errors import CheckpointError, FxQuantError, NonFiniteError, UnknownNameError
 from .files import write_json
 from .freeze import freeze, settle
 from .loss import QATLoss
-from .lower import lower, require_engine
+from .lower import lower, packed, require_engine
 from .prepare import prepare
 from .recipe import Recipe
 from .report import layer_rows
@@ -73,7 +73,7 @@ class RunOutcome:
 def run(recipe: Recipe, output: Path, *, resume: bool = False, progress: Progress | None = None) -> RunOutcome:
     """Carry out a recipe and leave its files in ``output``; see :func:`fxquant.checkpoint.claim_output`.
 
-    Writes ``recipe.json``, ``checkpoint.pt`` after every epoch, ``integer.safetensors`` and ``result.json``. A run
+    Writes ``recipe.json``, ``checkpoint.pt`` after every epoch, ``model.fxq`` and ``result.json``. A run
     that was cut and is resumed ends with the same integers, bit for bit, on a CPU.
 
     Raises:
@@ -132,7 +132,7 @@ class _Run:
         simulated, labels = predictions(model, self.data.test())
         freeze(model, budget, calibration=())  # BatchNorm has been re-estimated
         reference = convert(model)
-        checkpoint.save_integer_model(self.output / checkpoint.INTEGER_MODEL, recipe, reference.state_dict())
+        packed.save(reference, self.output / checkpoint.PACKED_MODEL, notes={"recipe": recipe.to_json()})
         lowered = {b: lower(reference, b) for b in recipe.quantization.lower}
         report = verify(model, reference, self.data.test(), lowered=lowered)
         result = self._result(model, report, float_accuracy, history)
@@ -399,27 +399,24 @@ class LoadedRun:
 
 
 def load_run(path: Path) -> LoadedRun:
-    """The reference graph of a finished run: from its folder, its ``integer.safetensors`` or its ``checkpoint.pt``.
+    """The reference graph of a finished run: from its folder, its ``model.fxq`` or its ``checkpoint.pt``.
 
     Raises:
         CheckpointError: where the file is missing, damaged, foreign, unfinished, or does not fit its own recipe.
     """
-    path = path / checkpoint.INTEGER_MODEL if path.is_dir() else path
+    path = path / checkpoint.PACKED_MODEL if path.is_dir() else path
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give the folder of a finished run, or a file of it")
     if path.suffix == Path(checkpoint.CHECKPOINT).suffix:
         return _from_checkpoint(path)
-    recipe, tensors = checkpoint.load_integer_model(path)
+    notes = packed.read_notes(path)
+    if "recipe" not in notes:
+        raise CheckpointError(
+            f"{path} was not left by fxquant run, so nothing tells its model and data; load it with fxquant.load"
+        )
+    recipe = checkpoint.stored_recipe(notes["recipe"], path)
     float_model, data = _model_and_data(recipe)
-    quantization = recipe.quantization
-    reference = blank_reference(
-        float_model,
-        recipe.built_rules(),
-        data.example,
-        backend=quantization.backend,
-        residual_bits=quantization.residual_bits,
-    )
-    load_tensors(reference, tensors, _misfit(path, recipe))
+    reference = packed.load(path, float_model)
     return _loaded(recipe, reference, data)
 
 
@@ -434,7 +431,7 @@ def _from_checkpoint(path: Path) -> LoadedRun:
         )
     float_model, data = _model_and_data(recipe)
     model = _prepared_without_data(recipe, float_model, data)
-    load_tensors(model, content["model"], _misfit(path, recipe))
+    load_tensors(model, content["model"], f"{path} does not fit the model of its own recipe ({recipe.model.name})")
     freeze(model, recipe.built_budget(), calibration=data.plain() if recipe.train.reestimate_batch_norm else ())
     return _loaded(recipe, convert(model), data)
 
@@ -442,10 +439,6 @@ def _from_checkpoint(path: Path) -> LoadedRun:
 def _loaded(recipe: Recipe, reference: fx.GraphModule, data: Data) -> LoadedRun:
     reference.meta["fxquant"].calibration = data.plain()
     return LoadedRun(recipe, reference, data)
-
-
-def _misfit(path: Path, recipe: Recipe) -> str:
-    return f"{path} does not fit the model of its own recipe ({recipe.model.name})"
 
 
 def _model_and_data(recipe: Recipe) -> tuple[nn.Module, Data]:

@@ -36,7 +36,7 @@ def test_run_leaves_its_files_and_prints_the_tables(short_run):
     assert {p.name for p in folder.iterdir()} == {
         "recipe.json",
         "checkpoint.pt",
-        "integer.safetensors",
+        "model.fxq",
         "result.json",
     }
     for words in ("Prepared: which rule each layer got", "layer1.0.conv1", "W bits", "bit-exact", "lowered, x86"):

@@ -107,6 +107,15 @@ def test_relu6_float_layers_learned_widths_and_other_residuals_come_back(tmp_pat
     }
 
 
+def test_notes_are_kept(tmp_path):
+    fq.save(reference(), tmp_path / "x.fxq", notes={"by": "whom\n", "ü": ""})
+    assert packed.read_notes(tmp_path / "x.fxq") == {"by": "whom\n", "ü": ""}
+    with pytest.raises(CheckpointError, match="checksum does not hold"):
+        packed.read_notes(rewritten(tmp_path / "x.fxq", lambda m, d, t: m.update(notes="{}"), signed=False))
+    with pytest.raises(CheckpointError, match="its notes make no sense"):
+        packed.read_notes(rewritten(tmp_path / "x.fxq", lambda m, d, t: m.update(notes="[]")))
+
+
 def test_a_model_whose_weights_start_at_zero_can_be_loaded_into(tmp_path):
     before = reference()
     fq.save(before, tmp_path / "x.fxq")
@@ -168,7 +177,7 @@ def rewritten(path, change, *, signed: bool = True):
     change(metadata, description, tensors)
     metadata["model"] = json.dumps(description, sort_keys=True)
     if signed:
-        metadata["sha256"] = packed._checksum(metadata["model"], tensors)
+        metadata["sha256"] = packed._checksum(metadata, tensors)
     path.write_bytes(safetensors.torch.save(tensors, metadata))
     return path
 

@@ -8,6 +8,7 @@ from fxquant import checkpoint
 from fxquant.coverage.probe import random_images, settled
 from fxquant.errors import CheckpointError, FxQuantError, NonFiniteError, OutputFolderError, RuleError, SpecError
 from fxquant.files import write_json
+from fxquant.lower import packed
 from fxquant.recipe import load_recipe
 from fxquant.train import Silent, build_model, load_run, run
 from fxquant.verify import verify
@@ -140,13 +141,13 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "foreign", "empty"])
-@pytest.mark.parametrize("file", [checkpoint.CHECKPOINT, checkpoint.INTEGER_MODEL])
+@pytest.mark.parametrize("file", [checkpoint.CHECKPOINT, checkpoint.PACKED_MODEL])
 def test_damaged_files_are_refused(digits_run, tmp_path, how, file):
     path = tmp_path / file
     path.write_bytes((digits_run[1] / file).read_bytes())
     damage(path, how)
-    read = checkpoint.load_checkpoint if file == checkpoint.CHECKPOINT else checkpoint.load_integer_model
-    with pytest.raises(CheckpointError, match=r"damaged, or no checkpoint|cannot be read as an integer model"):
+    read = checkpoint.load_checkpoint if file == checkpoint.CHECKPOINT else packed.read_notes
+    with pytest.raises(CheckpointError, match=r"is damaged, or no (checkpoint|packed file)"):
         read(path)
 
 
@@ -156,8 +157,8 @@ def test_foreign_but_sound_files_are_refused(tmp_path):
         checkpoint.load_checkpoint(tmp_path / "checkpoint.pt")
     import safetensors.torch
 
-    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "integer.safetensors")
-    with pytest.raises(CheckpointError, match=r"no integer model of fxquant \(format None"):
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "model.fxq")
+    with pytest.raises(CheckpointError, match=r"is no packed file \(format None"):
         load_run(tmp_path)
 
 
@@ -171,13 +172,17 @@ def test_pickles_with_code_are_not_run(tmp_path):
         checkpoint.load_checkpoint(tmp_path / "checkpoint.pt")
 
 
-def test_integer_model_of_another_architecture_is_refused(digits_run, tmp_path):
-    recipe, tensors = checkpoint.load_integer_model(digits_run[1] / checkpoint.INTEGER_MODEL)
-    name = next(n for n in tensors if n.endswith("integer.weight"))
-    tensors[name] = tensors[name][:1]
-    checkpoint.save_integer_model(tmp_path / checkpoint.INTEGER_MODEL, recipe, tensors)
-    with pytest.raises(CheckpointError, match=f"does not fit the model of its own recipe .*'{name}'"):
-        load_run(tmp_path)
+def test_a_packed_model_of_another_architecture_or_without_a_recipe_is_refused(digits_run, tmp_path):
+    outcome, folder = digits_run
+    recipe = checkpoint.stored_recipe(packed.read_notes(folder / "model.fxq")["recipe"], folder)
+    for notes, words in (
+        ({"recipe": recipe.to_json().replace("test_resnet", "test_efficientnet")}, "does not fit this EfficientNet"),
+        ({}, "was not left by fxquant run"),
+        ({"recipe": "{}"}, "the recipe stored in .* cannot be read"),
+    ):
+        packed.save(outcome.reference, tmp_path / "model.fxq", notes=notes)
+        with pytest.raises(CheckpointError, match=words):
+            load_run(tmp_path)
 
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
@@ -229,7 +234,7 @@ def test_a_timm_model_on_an_image_folder_trains_resumes_and_is_read_back(image_f
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "cut", progress=Cut("quantized", 4))
     resumed = run(recipe, tmp_path / "cut", resume=True)
-    loaded = [load_run(tmp_path / "whole" / name).reference for name in ("integer.safetensors", "checkpoint.pt")]
+    loaded = [load_run(tmp_path / "whole" / name).reference for name in ("model.fxq", "checkpoint.pt")]
     for name, tensor in whole.reference.state_dict().items():
         for other in (resumed.reference, *loaded):
             assert torch.equal(tensor, other.state_dict()[name]), name

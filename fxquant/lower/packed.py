@@ -6,7 +6,8 @@ integer layer's ``weight`` is a stream of codes (:func:`fxquant.grid.pack`). Its
 * ``format``: ``fxquant-packed``; ``version``: ``1``.
 * ``model``: JSON of what :func:`fxquant.prepare` was told: ``backend``, ``residual_bits``, ``input_shape``, ``rules``,
   the rule of each layer by name (null for a float one); and ``weights``, the width and shape of each packed weight.
-* ``sha256``: of that JSON, and of every tensor in the order of names: name, dtype, shape, bytes.
+* ``notes``: JSON of texts of whoever saved it; ``fxquant run`` keeps the recipe there.
+* ``sha256``: of both, and of every tensor in the order of names: name, dtype, shape, bytes.
 
 Nothing in it is code, and nothing of it is used before the checksum and the layer names agree.
 """
@@ -38,12 +39,13 @@ FORMAT, VERSION = "fxquant-packed", "1"
 _LARGEST_IMAGE = 2**26  # elements: a file must not make its reader allocate what it likes
 
 
-def save(reference: fx.GraphModule, path: str | Path) -> None:
+def save(reference: fx.GraphModule, path: str | Path, *, notes: Mapping[str, str] | None = None) -> None:
     """Write a reference graph as a packed file, whole or not at all.
 
     Args:
         reference: from :func:`fxquant.convert`.
         path: by custom with the suffix ``.fxq``.
+        notes: texts to keep in it, read back by :func:`read_notes`.
 
     Raises:
         SpecError: for a model that is no reference graph.
@@ -71,7 +73,8 @@ def save(reference: fx.GraphModule, path: str | Path) -> None:
         },
         sort_keys=True,
     )
-    metadata = {"format": FORMAT, "version": VERSION, "model": model, "sha256": _checksum(model, tensors)}
+    metadata = {"format": FORMAT, "version": VERSION, "model": model, "notes": json.dumps(dict(notes or {}))}
+    metadata["sha256"] = _checksum(metadata, tensors)
     content = safetensors.torch.save({name: t.clone() for name, t in tensors.items()}, metadata)
     write_whole(Path(path), lambda p: p.write_bytes(content))
 
@@ -112,6 +115,19 @@ def load(path: str | Path, model: nn.Module) -> fx.GraphModule:
     return reference
 
 
+def read_notes(path: str | Path) -> dict[str, str]:
+    """The notes in a packed file.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, or of another kind or version.
+    """
+    metadata, _ = _read(Path(path))
+    try:
+        return {str(key): str(text) for key, text in json.loads(metadata["notes"]).items()}
+    except (KeyError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its notes make no sense ({error!r})") from None
+
+
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a packed file whose checksum holds."""
     try:
@@ -128,13 +144,15 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise CheckpointError(
             f"{path} has version {metadata.get('version')!r} of the format; this fxquant reads version {VERSION!r}"
         )
-    if metadata.get("sha256") != _checksum(metadata.get("model", ""), tensors):
+    if metadata.get("sha256") != _checksum(metadata, tensors):
         raise CheckpointError(f"{path} is damaged: its checksum does not hold; get or save it anew")
     return metadata, tensors
 
 
-def _checksum(model: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(model.encode())
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in ("model", "notes"):
+        digest.update(f"{len(metadata.get(key, ''))} {metadata.get(key, '')}".encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
