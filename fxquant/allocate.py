@@ -61,8 +61,8 @@ def require_reachable(model: nn.Module, budget: Budget | None) -> None:
     for what, limit, spent, _ in _limits(budget, prepared_info(model).costs, choices):
         if spent() > limit + 1e-9:
             raise SpecError(
-                f"budget {what}={limit:g} was asked for, but the lowest widths that the rules allow already take "
-                f"{spent():g}; raise the budget, or lower the rules' widths"
+                f"budget {what}={limit:g} was asked for, but the lowest widths that the rules allow (and those "
+                f"that are fixed already) take {spent():g}; raise the budget, or lower the rules' widths"
             )
 
 

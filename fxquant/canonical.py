@@ -7,12 +7,15 @@ run after it, where ``node.meta["shape"]`` is the shape on the example.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
 from .computed import ComputedConv2d, ComputedLinear
+from .layers import QATConv2d, QATLinear
 
 # ---- on modules, before capture --------------------------------------------------------------------------
 
@@ -96,48 +99,171 @@ def split_batch_norm_act(traced: fx.GraphModule) -> None:
             after = call
 
 
+def positional_input(traced: fx.GraphModule) -> None:
+    """``layer(input=x)`` to ``layer(x)``: the layers that replace these take one positional tensor."""
+    for node in traced.graph.nodes:
+        module = _module(traced, node)
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)) and list(node.kwargs) == ["input"]:
+            node.args, node.kwargs = (node.kwargs["input"],), {}
+
+
 def name_layers(traced: fx.GraphModule) -> None:
     """Convolutions and linear layers that are called as functions become modules, under the name of their weight.
 
     So do the insides of layers that pad or compute their weight themselves: TensorFlow's SAME padding (``tf_*``,
     ``mixnet``), standardised weights (``nfnet``, ``nf_*``, BiT ``resnetv2``), classifier heads (timm's Linear), query,
-    key and value with a composed bias (BEiT, EVA, Swin v2). A weight that depends on the input (CondConv) stays.
+    key and value with a composed bias (BEiT, EVA, Swin v2). All calls of a weight become calls of one layer, or none
+    does: what cannot (CondConv's weights depend on the input) stays a function, with the reason in ``node.meta``.
     """
-    geometries: dict[str, tuple] = {}
-    called = {node.target for node in traced.graph.nodes if node.op == "call_module"}
-    for node in list(traced.graph.nodes):
-        function = _LAYER_FUNCTIONS.get(node.target) if node.op == "call_function" else None
-        if function is None:
+    calls: dict[str, list[_Call]] = {}
+    for node in traced.graph.nodes:
+        if node.op == "call_function" and node.target in _LAYER_FUNCTIONS:
+            try:
+                call = _Call.of(traced, node)
+                calls.setdefault(call.owner, []).append(call)
+            except _StaysFunction as reason:
+                node.meta[_REASON] = str(reason)
+    for owner, group in calls.items():
+        try:
+            _require_alone(traced, owner, group)
+        except _StaysFunction as reason:
+            for call in group:
+                call.node.meta[_REASON] = str(reason)
             continue
-        x, weight, bias, *geometry = function(*node.args, **node.kwargs)
-        found = _weight_of(traced, weight)
-        if found is None or found[0] in called or not x.meta.get("dependent", False):
-            continue
-        owner, steps = found
-        own_bias = bias if bias is not None and bias.target == f"{owner}.bias" else None
-        key = (*geometry, own_bias is not None, weight if len(steps) > 1 else None)
-        if geometries.setdefault(owner, key) != key:
-            continue  # the same weight with another stride, bias or formula: that call stays a function
-        module = traced.get_submodule(owner)
-        if type(module) is nn.Module:  # what capture leaves of a module that it looked into
-            used = {step.target.rpartition(".")[2] for step in steps if step.op == "get_attr"}
-            if {name for name, _ in (*module.named_parameters(), *module.named_buffers())} - used - {"bias"}:
-                continue  # something else reads the other parameters under their names
-            if "bias" in dict(module.named_parameters()) and own_bias is None:
-                continue
-            _replace(traced, owner, _layer(traced, owner, steps, own_bias is not None, *geometry))
-        with traced.graph.inserting_before(node):
-            call = traced.graph.call_module(owner, (x,))
-            call.meta.update(node.meta)
-            out = call
-            if bias is not own_bias:
-                view = bias if len(geometry) == 0 else traced.graph.call_method("reshape", (bias, -1, 1, 1))
-                view.meta.setdefault("dependent", bias.meta.get("dependent", False))
-                out = traced.graph.call_function(operator.add, (call, view))
-                out.meta.update(node.meta)
-        node.replace_all_uses_with(out)
-        traced.graph.erase_node(node)
+        _replace(traced, owner, group[0].layer(traced))
+        for call in group:
+            call.become_module(traced)
     traced.graph.eliminate_dead_code()
+
+
+_REASON = "fxquant_stays_function"
+
+
+class _StaysFunction(Exception):
+    """Why a layer that is called as a function cannot become a module."""
+
+
+@dataclass
+class _Call:
+    """One call of a convolution or linear layer as a function.
+
+    Attributes:
+        owner: name of the module whose ``weight`` it multiplies with.
+        steps: the nodes that make the weight from parameters of ``owner``, in order; the last one is the weight.
+        bias: a node, whose value is not ``owner``'s own bias, or None.
+        has_bias: whether it adds ``owner``'s own bias.
+        geometry: stride, padding, dilation and groups of a convolution; nothing for a linear layer.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    owner: str
+    steps: list[fx.Node]
+    bias: fx.Node | None
+    has_bias: bool
+    geometry: tuple
+
+    @classmethod
+    def of(cls, traced: fx.GraphModule, node: fx.Node) -> _Call:
+        x, weight, bias, *geometry = _LAYER_FUNCTIONS[node.target](*node.args, **node.kwargs)
+        if not isinstance(x, fx.Node) or not x.meta.get("dependent", False):
+            raise _StaysFunction("its input is a constant")
+        rank = 4 if geometry else 2
+        if len(weight.meta.get("shape", ())) != rank:
+            raise _StaysFunction(f"its weight has not {rank} dimensions")
+        if len(x.meta["shape"]) < 2 or (geometry and len(x.meta["shape"]) != 4):
+            raise _StaysFunction("its input is no batch")
+        owner, steps = _weight_of(traced, weight)
+        own = bias is not None and bias.target == f"{owner}.bias"
+        return cls(node, x, owner, steps, None if own else bias, own, tuple(geometry))
+
+    def key(self, known: dict[str, int]) -> tuple:
+        """Equal for two calls that one layer can compute. ``known`` numbers the expressions met so far."""
+        numbers: dict[fx.Node, int] = {}
+        for step in self.steps:
+            operands = fx.map_arg((step.args, step.kwargs), numbers.__getitem__)
+            numbers[step] = known.setdefault(f"{step.op} {step.target} {operands}", len(known))
+        return self.geometry, self.has_bias, numbers[self.steps[-1]]
+
+    def layer(self, traced: fx.GraphModule) -> nn.Module:
+        """The plain layer, or the one with a computed weight, that has the parameters of the owner."""
+        old = traced.get_submodule(self.owner)
+        computed = len(self.steps) > 1
+        if self.geometry:
+            stride, padding, dilation, groups = self.geometry
+            out, inputs, *kernel = old.weight.shape
+            kind = ComputedConv2d if computed else nn.Conv2d
+            layer = kind(inputs * groups, out, kernel, stride, padding, dilation, groups, self.has_bias, device="meta")
+        else:
+            kind = ComputedLinear if computed else nn.Linear
+            layer = kind(*reversed(old.weight.shape), bias=self.has_bias, device="meta")
+        layer.weight = old.weight
+        if self.has_bias:
+            layer.bias = old.bias
+        if computed:
+            self._set_formula(layer, old)
+        return layer.train(traced.training)
+
+    def _set_formula(self, layer: nn.Module, old: nn.Module) -> None:
+        formula, copied, inputs, operands = fx.Graph(), {}, {}, {}
+        for step in self.steps:
+            if step.op == "get_attr":
+                name = step.target.rpartition(".")[2]
+                if name not in inputs:
+                    operands[name], inputs[name] = getattr(old, name), formula.placeholder(name)
+                copied[step] = inputs[name]
+            else:
+                copied[step] = formula.node_copy(step, copied.__getitem__)
+        formula.output(copied[self.steps[-1]])
+        layer.set_formula(fx.GraphModule(nn.Module(), formula, "WeightFormula"), operands)
+
+    def become_module(self, traced: fx.GraphModule) -> None:
+        """Put a call of the layer, and the addition of a bias that is not its own, in the function's place."""
+        with traced.graph.inserting_before(self.node):
+            out = traced.graph.call_module(self.owner, (self.x,))
+            out.meta.update(self.node.meta)
+            if self.bias is not None:
+                bias = self.bias
+                if self.geometry:
+                    bias = traced.graph.call_method("reshape", (bias, -1, 1, 1))
+                    bias.meta.update({**self.bias.meta, "shape": (*self.bias.meta["shape"], 1, 1)})
+                out = traced.graph.call_function(operator.add, (out, bias))
+                out.meta.update(self.node.meta)
+        self.node.replace_all_uses_with(out)
+        traced.graph.erase_node(self.node)
+
+
+def _require_alone(traced: fx.GraphModule, owner: str, group: list[_Call]) -> None:
+    """Raises :class:`_StaysFunction` unless one layer can take the owner's place for all that reads from it."""
+    known: dict[str, int] = {}
+    if len({call.key(known) for call in group}) > 1:
+        raise _StaysFunction("its weight is used with two geometries, biases or formulas")
+    module = traced.get_submodule(owner)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    if any(f"{owner}.".startswith(f"{name}.") or name.startswith(f"{owner}.") for name in called):
+        raise _StaysFunction(f"{owner!r} holds, or belongs to, a module that is called as well")
+    if type(module) is not nn.Module:  # capture leaves a bare one of what it looked into
+        raise _StaysFunction(f"{owner!r} is a {type(module).__name__}")
+    used = {step for call in group for step in call.steps}
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and node.target.startswith(f"{owner}.") and node not in used:
+            own_bias = node.target == f"{owner}.bias" and group[0].has_bias
+            if own_bias and set(node.users) <= {call.node for call in group}:
+                continue
+            raise _StaysFunction(f"{node.target!r} is read by something else as well")
+    taken = {name for name in _names_read(used) if name not in ("weight", "bias") and hasattr(_LAYER_NAMES, name)}
+    if taken:
+        raise _StaysFunction(f"it computes its weight from {sorted(taken)}, which are names that layers use themselves")
+
+
+class _LAYER_NAMES(QATConv2d, QATLinear):
+    """What attributes a layer has already; never made."""
+
+    formula = operands = bn = relu = ceiling = input_fake_quant = weight_fake_quant = None
+
+
+def _names_read(steps: Iterable[fx.Node]) -> set[str]:
+    return {step.target.rpartition(".")[2] for step in steps if step.op == "get_attr"}
 
 
 def _conv_operands(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> tuple:
@@ -156,73 +282,42 @@ def _linear_operands(input, weight, bias=None) -> tuple:
 _LAYER_FUNCTIONS = {F.conv2d: _conv_operands, torch.conv2d: _conv_operands, F.linear: _linear_operands}
 
 
-def _weight_of(traced: fx.GraphModule, weight: fx.Node) -> tuple[str, list[fx.Node]] | None:
+def _weight_of(traced: fx.GraphModule, weight: fx.Node) -> tuple[str, list[fx.Node]]:
     """The module whose ``weight`` a layer multiplies with, and the nodes that make something of it, in order.
 
-    None where the weight depends on the input, or on parameters of several modules, or has another shape.
+    Raises:
+        _StaysFunction: where the weight depends on the input, or is not made of one module's parameters.
     """
     seen, waiting = set(), [weight]
     while waiting:
         node = waiting.pop()
         if node.op not in ("get_attr", "call_function", "call_method"):
-            return None
+            raise _StaysFunction("its weight is computed from the input, or by a module")
         if node not in seen:
             seen.add(node)
             waiting.extend(node.all_input_nodes)
-    paths = {node.target.rpartition(".")[::2] for node in seen if node.op == "get_attr"}
-    owners = {owner for owner, _ in paths}
+    owners = {node.target.rpartition(".")[0] for node in seen if node.op == "get_attr"}
     if len(owners) != 1 or "" in owners:
-        return None
+        raise _StaysFunction("its weight is not made of the parameters of one submodule")
     (owner,) = owners
-    module = traced.get_submodule(owner)
-    original = getattr(module, "weight", None)
-    if (owner, "weight") not in paths or not isinstance(original, nn.Parameter) or list(module.children()):
-        return None
+    original = getattr(traced.get_submodule(owner), "weight", None)
+    if "weight" not in _names_read(seen) or not isinstance(original, nn.Parameter):
+        raise _StaysFunction(f"its weight is no Parameter named 'weight' of {owner!r}")
     if original.shape != weight.meta.get("shape"):
-        return None
+        raise _StaysFunction(f"its weight has another shape than {owner}.weight")
     return owner, [node for node in traced.graph.nodes if node in seen]
 
 
 def functions_left(traced: fx.GraphModule) -> dict[str, str]:
-    """Convolutions and linear layers that :func:`name_layers` had to leave functions, with the reason."""
+    """Convolutions and linear layers that :func:`name_layers` had to leave functions, with the reason.
+
+    Their keys end in ``()``, which no module's name does.
+    """
     return {
-        node.name: f"{node.target.__name__} in {node.name!r}: its weight is computed from the input, is no parameter "
-        "of one module, or is used with two geometries"
+        f"{node.name}()": f"{node.target.__name__} at {node.name!r}: {node.meta[_REASON]}"
         for node in traced.graph.nodes
-        if node.op == "call_function" and node.target in _LAYER_FUNCTIONS and node.meta.get("dependent", False)
+        if _REASON in node.meta and node.meta.get("dependent", False)
     }
-
-
-def _layer(traced: fx.GraphModule, owner: str, steps: list[fx.Node], bias: bool, *geometry) -> nn.Module:
-    """The plain layer, or the one with a computed weight, that has the parameters of ``owner``."""
-    old = traced.get_submodule(owner)
-    computed = len(steps) > 1
-    if geometry:
-        stride, padding, dilation, groups = geometry
-        out, inputs, *kernel = old.weight.shape
-        kind = ComputedConv2d if computed else nn.Conv2d
-        layer = kind(inputs * groups, out, kernel, stride, padding, dilation, groups, bias, device="meta")
-    else:
-        kind = ComputedLinear if computed else nn.Linear
-        layer = kind(*reversed(old.weight.shape), bias=bias, device="meta")
-    layer.weight = old.weight
-    if bias:
-        layer.bias = old.bias
-    if computed:
-        formula, copied, operands = fx.Graph(), {}, {}
-        for node in steps:
-            if node.op == "get_attr":
-                name = node.target.rpartition(".")[2]
-                if name not in operands:
-                    operands[name] = getattr(old, name)
-                    copied[node] = formula.placeholder(name)
-                else:
-                    copied[node] = next(c for n, c in copied.items() if n.target == node.target)
-            else:
-                copied[node] = formula.node_copy(node, copied.__getitem__)
-        formula.output(copied[steps[-1]])
-        layer.set_formula(fx.GraphModule(nn.Module(), formula, "WeightFormula"), operands)
-    return layer.train(traced.training)
 
 
 def number_padding(traced: fx.GraphModule) -> None:
@@ -310,8 +405,8 @@ def _bounds(input, min_val=-1.0, max_val=1.0, inplace=False) -> tuple[float, flo
 
 MODULE_PASSES = (open_fused_attention,)
 GRAPH_PASSES = (
-    name_arithmetic_alike, split_batch_norm_act, remove_identities, name_layers, number_padding, fold_padding,
-    name_relu6,
+    name_arithmetic_alike, positional_input, split_batch_norm_act, remove_identities, name_layers, number_padding,
+    fold_padding, name_relu6,
 )  # fmt: skip
 
 

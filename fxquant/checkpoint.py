@@ -100,12 +100,13 @@ def checkpoint_for(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
             raise CheckpointError(
                 f"--resume was asked for, but {folder} holds no {CHECKPOINT}; name the folder of the run"
             )
-        if json.loads(begun.read_text(encoding="utf-8")) == json.loads(recipe.to_json()):
+        if _what_matters(begun.read_text(encoding="utf-8")) == _what_matters(recipe.to_json()):
             return None
         raise CheckpointError(f"{folder} was begun with another recipe than the one given; name another --output")
     content = load_checkpoint(path)
-    if content["recipe"] != recipe.to_json():
-        differing = _differences(json.loads(content["recipe"]), json.loads(recipe.to_json()))
+    before, now = _what_matters(content["recipe"]), _what_matters(recipe.to_json())
+    if before != now:
+        differing = _differences(before, now)
         raise CheckpointError(
             f"{path} is of another recipe than the one given; it differs in {', '.join(differing)}. Resume with the "
             "same recipe, seed and --set, or name another --output"
@@ -123,6 +124,13 @@ def stored_recipe(text: str, path: Path) -> Recipe:
         return parse_recipe(json.loads(text), str(path))
     except (RecipeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"the recipe stored in {path} cannot be read: {error}") from None
+
+
+def _what_matters(recipe: str) -> dict[str, Any]:
+    """A recipe without where its images lie and how many processes read them: the run is the same."""
+    values = json.loads(recipe)
+    values["data"] = {k: v for k, v in values["data"].items() if k not in ("dir", "workers")}
+    return values
 
 
 def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:

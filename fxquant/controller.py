@@ -60,6 +60,7 @@ class Controller:
             for name, schedule in estimator.schedules(self.finetune_begins).items()
         ]
         self._settled = False
+        self._holds: bool | None = None  # of BatchNorm: what another Controller left is not known
         self._apply()
 
     @property
@@ -75,8 +76,10 @@ class Controller:
     def _apply(self) -> None:
         for estimator, name, schedule in self._schedules:
             setattr(estimator, name, schedule(self.steps_done))
-        if self.freeze_batch_norm is not None and self.steps_done >= self.freeze_batch_norm:
-            hold_batch_norm(self.model)
+        hold = self.freeze_batch_norm is not None and self.steps_done >= self.freeze_batch_norm
+        if hold != self._holds:
+            hold_batch_norm(self.model, hold)
+            self._holds = hold
         if self.phase == "finetune" and not self._settled:
             fix_widths(self.model, self.budget, keep_learning=not self.budget)
             self._settled = True

@@ -80,9 +80,11 @@ def convert(model: fx.GraphModule) -> fx.GraphModule:
             if not hasattr(root, env[node].target):
                 root.add_module(env[node].target, copy.deepcopy(module))
         else:
-            if node.op == "get_attr":
-                _copy_attribute(model, root, node.target)
             env[node] = graph.node_copy(node, env.__getitem__)
+            if node.op == "get_attr":
+                env[node].target = flatten(node.target)
+                if not hasattr(root, env[node].target):
+                    root.register_buffer(env[node].target, _attribute(model, node.target).detach().clone())
             env[node].meta[SOURCE] = node.name
     graph.lint()
     reference = fx.GraphModule(root, graph, f"{type(model).__name__}Reference")
@@ -135,13 +137,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype
 
 
-def _copy_attribute(source: nn.Module, target: nn.Module, path: str) -> None:
-    *parents, name = path.split(".")
-    for parent in parents:
-        source = getattr(source, parent)
-        if not hasattr(target, parent):
-            target.add_module(parent, nn.Module())
-        target = getattr(target, parent)
-    value = getattr(source, name)
-    if not hasattr(target, name):
-        target.register_buffer(name, value.detach().clone())
+def _attribute(module: nn.Module, path: str) -> Tensor:
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module

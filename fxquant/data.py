@@ -1,12 +1,14 @@
 """Data sets a recipe can name: in memory (scikit-learn's digits), or anything that timm reads, from disk.
 
 Every loader is an iterable of (images [N, C, H, W] float32, labels [N] int64) whose order and augmentation depend on
-its seed and on its ``epoch`` alone, so that a resumed run sees what an uninterrupted one would have seen.
+its seed and on its ``epoch`` alone, so that a resumed run sees what an uninterrupted one would have seen. (Streams,
+such as webdataset's, shuffle by themselves, by the same two; their images depend on the number of workers as well.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -18,13 +20,24 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
 from .errors import EmptyDataError, FxQuantError, SpecError, UnknownNameError
 
 _SPLIT_SEED = 0  # the held-out images are the same whatever the seed of a run
 _PLAIN_SEED = 1  # and so are those that calibrate
 _EVAL_BATCH = 256
+_FOLDERS = ("folder", "torch/folder", "torch/image_folder")
+_OWN_ARGUMENTS = {
+    "input_size",
+    "is_training",
+    "mean",
+    "std",
+    "separate",
+    "use_prefetcher",
+    "tf_preprocessing",
+    "normalize",
+}
 
 
 class Loader(Protocol):
@@ -204,7 +217,7 @@ class TimmData:
         workers: processes that read images; 0 reads in this one. The images do not depend on it.
         splits: names of the training and the held-out part.
         augmentation: keyword arguments of ``timm.data.create_transform`` in training.
-        plain_batches: how many batches calibrate and re-estimate BatchNorm.
+        plain_batches: how many batches calibrate and re-estimate BatchNorm; of a stream, its first ones.
         test_images: how many held-out images are used; all when None.
 
     Raises:
@@ -234,7 +247,14 @@ class TimmData:
             values = tuple(config[key])
             common[key] = values if len(values) == self.channels else (float(np.mean(values)),) * self.channels
         self.plain_set = self._dataset(splits[0], {**common, "crop_pct": config["crop_pct"]}, is_training=False)
-        self.train_set = self._dataset(splits[0], {**common, **augmentation}, is_training=True)
+        if taken := _OWN_ARGUMENTS & set(augmentation):
+            raise FxQuantError(
+                f"data.augmentation sets {sorted(taken)}, which follow from the model and the other keys"
+            )
+        self._make_train_set = lambda seed: self._dataset(
+            splits[0], {**common, **augmentation}, is_training=True, seed=seed
+        )
+        self.train_set = self._make_train_set(0)
         self.test_set = self._dataset(splits[1], {**common, "crop_pct": config["crop_pct"]}, is_training=False)
         self.example = torch.randn(1, self.channels, size, size, generator=torch.Generator().manual_seed(0))
         trained, tested = (self._class_names(d) for d in (self.train_set, self.test_set))
@@ -247,7 +267,9 @@ class TimmData:
         self.classes = len(trained) if trained is not None else None
 
     def train(self, seed: int) -> Loader:
-        return _Streamed(self.train_set, self.batch_size, self.workers, seed=seed)
+        streams = isinstance(self.train_set, IterableDataset)  # these shuffle by themselves
+        dataset = self._make_train_set(seed) if streams else self.train_set
+        return _Streamed(dataset, self.batch_size, self.workers, seed=seed)
 
     def plain(self) -> Loader:
         wanted = self.plain_batches * self.batch_size
@@ -258,32 +280,34 @@ class TimmData:
         chosen = self.test_set if wanted is None else _some(self.test_set, wanted, _SPLIT_SEED)
         return _Streamed(chosen, self.batch_size, self.workers, wanted)
 
-    def _dataset(self, split: str, transform: dict[str, Any], *, is_training: bool) -> Dataset:
+    def _dataset(self, split: str, transform: dict[str, Any], *, is_training: bool, seed: int = 0) -> Dataset:
         from . import timm
 
-        folder = self.name == "folder"
+        mode = "L" if self.channels == 1 else "RGB"
+        folder = self.name in _FOLDERS
         root = _split_root(self.root, split) if folder else self.root
         try:
             dataset = timm.create_dataset(
-                "" if folder else self.name,
+                "" if self.name == "folder" else self.name,
                 root=str(root),
                 split=split,
                 search_split=not folder,
                 is_training=is_training,
                 batch_size=self.batch_size,
-                input_img_mode="L" if self.channels == 1 else "RGB",
+                seed=seed,
             )
-            dataset.transform = timm.create_transform(**transform, is_training=is_training)
+            dataset.transform = _Converted(mode, timm.create_transform(**transform, is_training=is_training))
             empty = not isinstance(dataset, IterableDataset) and not len(dataset)
         except (RuntimeError, OSError, ImportError, AssertionError, TypeError, ValueError) as error:
-            raise FxQuantError(f"timm cannot open {self.name!r} in {root}, split {split!r}: {error}") from error
+            raise FxQuantError(f"timm cannot open {self.name!r} in {root}, split {split!r}: {error!r}") from error
         if empty:
             raise EmptyDataError(f"{root} holds no image; it has one subfolder a class, with images in it")
         return dataset
 
     @staticmethod
     def _class_names(dataset: Dataset) -> list[str] | None:
-        named = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
+        home = getattr(dataset, "reader", dataset)
+        named = getattr(home, "class_to_idx", None) or getattr(home, "class_name_to_idx", None)  # folder, tar
         return sorted(named, key=named.get) if named else None
 
 
@@ -312,12 +336,12 @@ def open_data(
     return TimmData(name, root, config, image_size=image_size, **options)
 
 
-_SYNONYMS = ({"train", "training"}, {"validation", "val", "valid", "eval", "evaluation", "test"})
+_SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))  # never "test": it is another
 
 
 def _split_root(root: Path, split: str) -> Path:
     """The subfolder or tar file of a split. timm would take ``root`` itself for both where there is none."""
-    names = [split, *sorted(next((s for s in _SYNONYMS if split in s), set()) - {split})]
+    names = [split, *(name for name in next((s for s in _SYNONYMS if split in s), ()) if name != split)]
     for path in (root / f"{name}{suffix}" for name in names for suffix in ("", ".tar")):
         if path.exists():
             return path
@@ -350,8 +374,8 @@ class _Streamed:
         generator = torch.Generator().manual_seed((self.seed or 0) * 100_003 + self.epoch)
         dataset, order = self.dataset, None
         if isinstance(dataset, IterableDataset):
-            if self.seed is not None and hasattr(dataset, "set_epoch"):
-                dataset.set_epoch(self.epoch)
+            if self.seed is not None:
+                dataset = _SeededStream(dataset, self.seed, self.epoch)
         elif self.seed is not None:
             dataset = _Seeded(dataset, self.seed, self.epoch)
             order = torch.randperm(len(dataset), generator=generator).tolist()
@@ -381,14 +405,46 @@ class _Seeded(Dataset):
             return self.dataset[index]
 
 
+class _SeededStream(IterableDataset):
+    """The same for a stream: draws from (seed, epoch, worker, place in the worker's stream)."""
+
+    def __init__(self, dataset: IterableDataset, seed: int, epoch: int):
+        self.dataset, self.seed, self.epoch = dataset, seed, epoch
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        name = f"{self.seed} {self.epoch} {worker.id if worker else 0}"
+        with _drawing_from(name):
+            items = iter(self.dataset)
+        for place in itertools.count():
+            with _drawing_from(f"{name} {place}"):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+
+
+class _Converted:
+    """A transform of images brought to a mode first: torchvision's data sets give what is in the file."""
+
+    def __init__(self, mode: str, transform: Callable):
+        self.mode, self.transform = mode, transform
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.transform(image.convert(self.mode))
+
+
 @contextlib.contextmanager
 def _drawing_from(name: str) -> Iterator[None]:
-    """All three random generators seeded by ``name``, and put back afterwards."""
+    """Python's, numpy's and torch's CPU generator seeded by ``name``, and put back afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     drawn = random.Random(name).getrandbits(32)
     random.seed(drawn)
     np.random.seed(drawn)
-    torch.manual_seed(drawn)
+    torch.default_generator.manual_seed(drawn)  # torch.manual_seed would reseed GPUs as well
     try:
         yield
     finally:

@@ -102,15 +102,16 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable) -> None:
             norm.momentum, norm.statistics_held = momentum, hold
 
 
-def hold_batch_norm(model: nn.Module) -> None:
+def hold_batch_norm(model: nn.Module, hold: bool = True) -> None:
     """Keep BatchNorm's running statistics as they are and normalise by them in training too; gamma and beta train on.
+    With ``hold=False``, let them train again from the next ``model.train()`` on.
 
     It survives ``model.train()``. :func:`freeze` still re-estimates the statistics, unless told not to.
     """
     for norm in _batch_norms(model):
-        if _stay_in_eval not in norm._forward_pre_hooks.values():
+        if hold and _stay_in_eval not in norm._forward_pre_hooks.values():
             norm.register_forward_pre_hook(_stay_in_eval)
-        norm.statistics_held = True
+        norm.statistics_held = hold
 
 
 def _stay_in_eval(norm: nn.Module, args: tuple) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .data import check_name
+from .data import DATASETS, check_name
 from .errors import FxQuantError, SpecError, UnknownNameError, did_you_mean
 from .loss import DISTILLATIONS
 from .spec import Budget, Rule, check_options, get_backend
@@ -51,6 +51,15 @@ class DataSection(_Section):
     @classmethod
     def _known(cls, name: str) -> str:
         return check_name(name)
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> DataSection:
+        memory = self.name in DATASETS
+        for key in ("dir", "splits", "augmentation", "plain_batches", "test_images") if memory else ("shift",):
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
+                where = "is in memory" if memory else "is read from disk"
+                raise SpecError(f"data.{key} does nothing for the data set {self.name!r}, which {where}; leave it out")
+        return self
 
 
 class FloatSection(_Section):

@@ -154,10 +154,10 @@ class _Run:
             require_engine(backend)
         with torch.no_grad():
             outputs = float_model.eval()(data.example).shape[-1]
-        if data.classes is not None and outputs < data.classes:
+        if data.classes not in (None, outputs):
             raise FxQuantError(
-                f"the data set {self.recipe.data.name!r} has {data.classes} classes, the model {outputs} outputs; set "
-                f"model.options.num_classes = {data.classes}"
+                f"the data set {self.recipe.data.name!r} has {data.classes} classes, the model {outputs} outputs, so "
+                f"labels would not mean what they mean to the model; set model.options.num_classes = {data.classes}"
             )
         return data
 
@@ -354,16 +354,19 @@ def build_model(recipe: Recipe) -> nn.Module:
     names = timm.list_models()
     if recipe.model.name.split(".")[0] not in names:
         raise UnknownNameError("timm model", recipe.model.name, names)
+    section = recipe.model
+    loads = section.pretrained or "checkpoint_path" in section.options
     try:
-        return timm.create_model(recipe.model.name, pretrained=recipe.model.pretrained, **recipe.model.options)
-    except (OSError, RuntimeError) as error:
-        raise FxQuantError(
-            f"the weights of {recipe.model.name} cannot be loaded ({' '.join(str(error).split())[:300]}). Pretrained "
-            "ones come over the network once; weights in a file are taken with model.pretrained = false and "
-            "model.options.checkpoint_path = FILE"
-        ) from error
-    except (TypeError, ValueError) as error:
-        raise FxQuantError(f"timm cannot build {recipe.model.name} with {recipe.model.options}: {error}") from None
+        return timm.create_model(section.name, pretrained=section.pretrained, **section.options)
+    except Exception as error:  # whatever the model's own code makes of its arguments
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if loads and not isinstance(error, (TypeError, ValueError, AssertionError)):
+            raise FxQuantError(
+                f"the weights of {section.name} cannot be loaded ({reason}). Pretrained ones come over the "
+                "network once; weights in a file are taken with model.pretrained = false and "
+                "model.options.checkpoint_path = FILE"
+            ) from error
+        raise FxQuantError(f"timm cannot build {section.name} with {section.options} ({reason})") from error
 
 
 def make_optimizer(groups: list[dict], name: str) -> torch.optim.Optimizer:
@@ -445,7 +448,9 @@ def _model_and_data(recipe: Recipe) -> tuple[nn.Module, Data]:
     """A recipe's model, without pretrained weights, and its data set, transformed as that model wants it."""
     from . import timm
 
-    model = build_model(recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": False})}))
+    bare = {key: value for key, value in recipe.model.options.items() if key != "checkpoint_path"}
+    section = recipe.model.model_copy(update={"pretrained": False, "options": bare})
+    model = build_model(recipe.model_copy(update={"model": section}))
     return model, open_data(**recipe.data.model_dump(), config=timm.resolve_model_data_config(model))
 
 

@@ -74,7 +74,7 @@ def test_no_budget_is_ever_exceeded_and_no_width_leaves_its_interval(learning, w
     model = with_widths(learning, widths)
     lowest = dict.fromkeys(LAYERS, (LOWEST, LOWEST))
     if not allowed(model, lowest, budget):
-        with pytest.raises(SpecError, match=r"was asked for, but the lowest widths that the rules allow already take"):
+        with pytest.raises(SpecError, match=r"was asked for, but the lowest widths that the rules allow .* take"):
             fix_widths(model, budget)
         assert all(model.get_submodule(n).weight_fake_quant.learns_width for n in LAYERS)
         return
@@ -138,7 +138,7 @@ def test_widths_that_are_whole_already_count_but_do_not_move():
     with pytest.raises(SpecError, match=r"budget mean_weight_bits=2\.1 was asked for"):
         fix_widths(model, Budget(mean_weight_bits=2.1))
     fixed = build([fq.Rule("*", 4, 4)])
-    with pytest.raises(SpecError, match=r"budget bops=1000 .* already take \d.*; raise the budget, or lower the rules"):
+    with pytest.raises(SpecError, match=r"budget bops=1000 .* take \d.*; raise the budget, or lower the rules"):
         fix_widths(fixed, Budget(bops=1000))
     assert set(fix_widths(fixed, Budget(mean_weight_bits=4, mean_activation_bits=4)).values()) == {(4, 4)}
 

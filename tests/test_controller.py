@@ -69,6 +69,16 @@ def test_batch_norm_is_frozen_after_so_many_steps(images, after, held):
     assert torch.equal(before, resumed.stem.bn.running_mean) is (after is not None)
 
 
+def test_another_controller_lets_batch_norm_train_again(images):
+    model = prepared(images)
+    Controller(model, 8, freeze_batch_norm=0)
+    for after, held in ((None, False), (0, True), (3, False)):
+        Controller(model, 8, freeze_batch_norm=after)
+        before = model.stem.bn.running_mean.clone()
+        model.train()(images)
+        assert torch.equal(before, model.stem.bn.running_mean) is held
+
+
 def test_a_budget_out_of_reach_is_refused_before_training(images):
     with pytest.raises(SpecError, match=r"budget mean_weight_bits=3 was asked for, but the lowest widths .* take 4"):
         Controller(prepared(images, bits=(4, 8)), 8, budget=Budget(mean_weight_bits=3.0))

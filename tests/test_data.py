@@ -193,6 +193,82 @@ def test_tar_files_and_torchvisions_data_sets(image_folder, tmp_path):
     assert same(list(again.test()), list(folder.test()))
 
 
+def test_the_held_out_part_is_never_the_test_part(image_folder, tmp_path):
+    """Which has no labels, or none to be looked at, in many data sets."""
+    for split in ("train", "val", "test"):
+        shutil.copytree(image_folder / ("validation" if split != "train" else split), tmp_path / split)
+    shutil.rmtree(tmp_path / "test" / "a")
+    assert same(list(opened(tmp_path).test()), list(opened(image_folder).test()))
+    shutil.rmtree(tmp_path / "val")
+    with pytest.raises(FxQuantError, match="has no 'validation'"):
+        opened(tmp_path)
+
+
+def test_tar_files_of_other_classes_are_refused(image_folder, tmp_path):
+    for split, classes in (("train", "abc"), ("validation", "bc")):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            for label in classes:
+                tar.add(image_folder / split / label, arcname=label)
+    with pytest.raises(FxQuantError, match=r"classes of 'train' and 'validation'.*\['a'\] are in one of them alone"):
+        opened(tmp_path)
+
+
+def test_an_image_folder_of_torchvision_needs_its_splits_too(image_folder):
+    with pytest.raises(FxQuantError, match="has no 'train'"):
+        opened(image_folder / "train", name="torch/image_folder")
+
+
+def test_torchvisions_images_get_the_models_channels(image_folder):
+    grey = CONFIG | {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.2,)}
+    assert next(iter(opened(image_folder, name="torch/image_folder", config=grey).test()))[0].shape == (
+        2 * 2,
+        1,
+        32,
+        32,
+    )
+
+
+@pytest.mark.parametrize("key", ["separate", "use_prefetcher", "input_size", "mean"])
+def test_augmentation_cannot_undo_what_the_model_needs(image_folder, key):
+    with pytest.raises(FxQuantError, match=rf"data\.augmentation sets \['{key}'\]"):
+        opened(image_folder, augmentation={key: True})
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """As timm's streams: shuffled by (seed, epoch), transformed with whatever random numbers there are."""
+
+    def __init__(self, seed, transform=None):
+        self.seed, self.transform, self.epoch = seed, transform, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return 11
+
+    def __iter__(self):
+        order = list(range(11))
+        random.Random(self.seed * 10 + self.epoch).shuffle(order)
+        for index in order:
+            yield self.transform(Image.new("RGB", (32, 32), (20 * index, 0, 0))) + torch.rand(1), index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_streams_depend_on_seed_and_epoch_too(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr("fxquant.timm.create_dataset", lambda name, seed=0, **_: Stream(seed))
+    make = lambda: opened(tmp_path, name="wds/some", workers=workers)  # noqa: E731
+    whole = passes(make().train(3), 0, 1)
+    torch.manual_seed(5)
+    (resumed,) = passes(make().train(3), 1)
+    assert same(whole[1], resumed)
+    assert not same(whole[0], whole[1])
+    (other,) = passes(make().train(4), 0)
+    assert [y.tolist() for _, y in other] != [y.tolist() for _, y in whole[0]]
+    assert [len(y) for _, y in whole[0]] == [4, 4]
+    assert sum(len(y) for _, y in make().test()) == 11
+    assert sum(len(y) for _, y in make().plain()) == 8
+
+
 @pytest.mark.parametrize(
     ("spoil", "options", "words"),
     [

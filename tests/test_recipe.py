@@ -39,6 +39,17 @@ def test_recipes_of_pretrained_models(model, widths):
     assert budget.mean_weight_bits == (4 if "mixed" in widths else None)
 
 
+@pytest.mark.parametrize(
+    "override", ["data.dir='x'", "data.splits=['a', 'b']", "data.augmentation={hflip=0}", "data.test_images=5"]
+)
+def test_what_does_nothing_for_a_data_set_is_refused(override):
+    key = override.split("=")[0]
+    with pytest.raises(RecipeError, match=f"{key} does nothing for the data set 'digits', which is in memory"):
+        load_recipe(RECIPES / "digits_w4a4_pege.toml", [override])
+    with pytest.raises(RecipeError, match="data.shift does nothing for the data set 'folder', which is read from disk"):
+        load_recipe(RECIPES / "resnet18_imagenet_w4a4_pege.toml", ["data.shift=1"])
+
+
 def test_rules_of_w4a4():
     first_and_last, rest = load_recipe(RECIPES / "digits_w4a4_pege.toml").built_rules()
     assert (first_and_last.pattern, first_and_last.weight_bits, first_and_last.activation_bits) == ("first|last", 8, 8)

@@ -12,7 +12,6 @@ from ..controller import param_groups
 from ..convert import convert
 from ..cost import quantizer_parameters
 from ..freeze import freeze
-from ..layers import QATLayer
 from ..lower import lower
 from ..prepare import prepare
 from ..spec import Rule
@@ -29,7 +28,7 @@ def stages(row: Row, model: nn.Module, images: Tensor) -> Iterator[None]:
     row.prepare_seconds, row.prepare_peak_mb = round(time.perf_counter() - begun, 1), probe.peak_mb()
     info = prepared.meta["fxquant"]
     row.layers, row.opaque = len(info.costs), len(info.opaque)
-    row.conv_bn_fused, row.conv_bn_total = _fused_norms(prepared)
+    row.conv_bn_fused, row.conv_bn_total = probe.fused_norms(prepared)
     row.float_difference = info.capture_difference
     quantizers = {id(p) for p in quantizer_parameters(prepared)}
     kept = sum(p.numel() for p in prepared.parameters() if id(p) not in quantizers)
@@ -59,20 +58,6 @@ def stages(row: Row, model: nn.Module, images: Tensor) -> Iterator[None]:
     with torch.no_grad():
         row.cosine = probe.least_cosine(lowered(images), reference(images))
     yield
-
-
-def _fused_norms(prepared: torch.fx.GraphModule) -> tuple[int, int]:
-    """(BatchNorms inside of layers, those plus the ones that follow a convolution and are not)."""
-    modules = dict(prepared.named_modules())
-    fused = sum(getattr(m, "bn", None) is not None for m in modules.values() if isinstance(m, QATLayer))
-    loose = 0
-    for node in prepared.graph.nodes:
-        if node.op == "call_module" and isinstance(modules[node.target], nn.BatchNorm2d):
-            source = node.args[0]
-            layer = modules[source.target] if source.op == "call_module" else None
-            # Where the layer has a BatchNorm or a ReLU, what follows comes after that.
-            loose += isinstance(layer, nn.Conv2d) and not (getattr(layer, "bn", None) or getattr(layer, "relu", False))
-    return fused, fused + loose
 
 
 def _integer_macs(reference, on_kernels: set[str], costs: dict) -> int:

@@ -13,8 +13,7 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from .. import _torch_ao as ao
 from . import probe
@@ -31,7 +30,7 @@ def stages(row: Row, model: nn.Module, images: Tensor) -> Iterator[None]:
     row.prepare_seconds, row.prepare_peak_mb = round(time.perf_counter() - begun, 1), probe.peak_mb()
     quantized = [m for m in prepared.modules() if hasattr(m, "weight_fake_quant")]
     row.layers = len(quantized)
-    row.conv_bn_fused, row.conv_bn_total = _fused_norms(prepared)
+    row.conv_bn_fused, row.conv_bn_total = probe.fused_norms(prepared)
     untouched = copy.deepcopy(prepared).eval().apply(ao.disable_fake_quant)
     with torch.no_grad():
         row.float_difference = float((untouched(images) - before).abs().max() / before.abs().max())
@@ -85,22 +84,6 @@ def _mapping(bits: int):
         )
         mapping.set_global(ao.QConfig(activation, weight))
     return mapping
-
-
-def _fused_norms(prepared: fx.GraphModule) -> tuple[int, int]:
-    """(BatchNorms inside of layers, those plus the ones that follow a convolution and are not)."""
-    modules = dict(prepared.named_modules())
-    fused = sum(isinstance(getattr(m, "bn", None), nn.BatchNorm2d) for m in modules.values())
-    loose = 0
-    for node in prepared.graph.nodes:
-        module = modules.get(node.target) if node.op == "call_module" else None
-        if isinstance(module, nn.BatchNorm2d) or node.target is F.batch_norm:
-            source = node.all_input_nodes[0]
-            while source.op == "call_module" and isinstance(modules[source.target], ao.FakeQuantizeBase):
-                source = source.all_input_nodes[0]
-            layer = modules[source.target] if source.op == "call_module" else None
-            loose += isinstance(layer, nn.Conv2d) and getattr(layer, "bn", None) is None
-    return fused, fused + loose
 
 
 def _noting(macs: list[int]):

@@ -6,10 +6,11 @@ import copy
 import resource
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .. import canonical
+from .._torch_ao import FakeQuantizeBase
 
 _BATCH = 4
 
@@ -43,6 +44,23 @@ def settled(model: nn.Module, images: Tensor) -> nn.Module:
     for norm, momentum in norms.items():
         norm.momentum = momentum
     return model
+
+
+def fused_norms(prepared: fx.GraphModule) -> tuple[int, int]:
+    """(BatchNorms inside of convolutions, those plus the ones that follow a convolution and are not)."""
+    modules = dict(prepared.named_modules())
+    fused = sum(isinstance(getattr(m, "bn", None), nn.BatchNorm2d) for m in modules.values())
+    loose = 0
+    for node in prepared.graph.nodes:
+        if isinstance(modules.get(node.target), nn.BatchNorm2d) or node.target is F.batch_norm:
+            source = node.all_input_nodes[0]
+            while isinstance(modules.get(source.target), FakeQuantizeBase):
+                source = source.all_input_nodes[0]
+            layer = modules.get(source.target)
+            # Where the layer has a BatchNorm or a ReLU, what follows comes after that.
+            later = getattr(layer, "bn", None) or getattr(layer, "relu", False) or "ReLU" in type(layer).__name__
+            loose += isinstance(layer, nn.Conv2d) and not later
+    return fused, fused + loose
 
 
 def without_gradient(model: nn.Module) -> int:

@@ -77,12 +77,12 @@ def cover(
         watch: called with each row.
         way: one of :data:`WAYS`.
     """
-    done = {(row.model, row.bits): row for row in read(output)} if resume and output.exists() else {}
+    done = {(row.model, row.input_size, row.bits): row for row in read(output)} if resume and output.exists() else {}
     if not done:
         begin(output)
     rows = []
     for name, size in models:
-        row = done.get((name, bits))
+        row = done.get((name, size, bits))
         if row is None:
             row = _in_a_process(name, size, bits, way)
             append(output, row)
