@@ -71,7 +71,7 @@ def test_the_simulated_model_is_the_one_that_ships(digits_run):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.options.num_classes=5", r"has 10 classes, the model 5 outputs; set model.options.num_classes = 10"),
+        ("model.options.num_classes=5", r"has 10 classes, the model 5 outputs, so labels"),
         ("model.options.num_classes=many", r"timm cannot build test_resnet with .*'many'"),
     ],
 )

@@ -3,7 +3,8 @@
 torch's quantized kernels saturate at 8 bits whatever the width, so every lowered operator clamps to the codes of
 the width that was trained. Every lowered operator is also compared with the reference on one real batch as it is
 built, because kernels have bugs that ordinary models hit (fbgemm's 16-bit saturation on depthwise convolutions,
-onednn's padding of grouped ones): one that is off by more than one code stays on the reference, and is listed.
+onednn's padding of grouped ones): one that is off by more than one code moves to another engine, or stays on the
+reference where none is right, and is listed.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import contextlib
 import copy
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +26,7 @@ from ..prepare import _images, prepared_info
 from ..spec import get_backend
 
 _MAX_CODES_OFF = 1
+_ENGINES = ("onednn", "fbgemm")  # where a layer moves whose kernel is wrong; what they pack runs under any engine
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,11 @@ class LoweredLayer:
 
     Attributes:
         name: the reference node whose result it computes.
-        kernel: torch's operator, or ``reference`` where no kernel fits or the kernel was wrong.
+        kernel: torch's operator, with the engine where it is not the one asked for; or ``reference`` where no kernel
+            fits or is right.
         max_code_difference: largest difference of codes on the check batch, given the same input codes.
         share_different: share of codes that differ there.
-        reason: why it stayed on the reference, if it did.
+        reason: why it is not on the engine asked for, if it is not.
     """
 
     name: str
@@ -125,7 +128,8 @@ class _Lowering:
         convolution = isinstance(layer, IntegerConv2d)
         if isinstance(exit_, Quantize):
             kernel = _NativeConv2d if convolution else _NativeLinear
-            self._try(users[0], (entry_node,), lambda: kernel(layer, entry, rescale, exit_))
+            others = [e for e in _ENGINES if e != self.backend and e in torch.backends.quantized.supported_engines]
+            self._try(users[0], (entry_node,), lambda: kernel(layer, entry, rescale, exit_), others)
         elif convolution:
             self._try(rescale_node, (entry_node,), lambda: _NativeConv2dToFloat(layer, entry, rescale))
         else:
@@ -149,33 +153,54 @@ class _Lowering:
             if isinstance(end, Dequantize) and _same_grid(end, exit_):
                 self._try(exit_node, (node.args[0].args[0],), lambda: _NativeMaxPool2d(self._module(node)))
 
-    def _try(self, node: fx.Node, inputs: tuple[fx.Node, ...], build: Callable[[], nn.Module]) -> None:
+    def _try(
+        self,
+        node: fx.Node,
+        inputs: tuple[fx.Node, ...],
+        build: Callable[[], _Kernel],
+        other_engines: Sequence[str] = (),
+    ) -> None:
         """Replace ``node`` by a kernel on ``inputs`` if, given the reference's input, it gives its output."""
-        want = self.values[node.name]
-        try:
-            native = build()
-            with torch.no_grad():
-                got = native(*(self.values[i.name] for i in inputs))
-        except (RuntimeError, AttributeError) as error:
-            self.report.append(LoweredLayer(node.name, "reference", reason=str(error).splitlines()[0]))
-            return
-        # A float result (the classifier) is compared in units of its own sums, which are integers.
-        unit = native.unit if want.is_floating_point() else 1.0
-        off = ((got.to(torch.float64) - want.to(torch.float64)) / unit).abs()
-        worst, share = round(float(off.max())), float((off > 0.5).double().mean())
-        if worst > _MAX_CODES_OFF:
-            reason = f"the kernel was off by up to {worst} codes in {share:.2%} of them"
-            self.report.append(LoweredLayer(node.name, "reference", worst, share, reason))
+        first: LoweredLayer | None = None
+        for engine in (self.backend, *other_engines):
+            native, outcome = self._attempt(node, inputs, build, engine)
+            first = first or outcome
+            if native is not None:
+                break
+        else:
+            self.report.append(first)
             return
         name = f"{node.name}_{self.backend}"
         self.model.add_submodule(name, native)
         with self.graph.inserting_before(node):
             lowered = self.graph.create_node("call_module", name, inputs)
         node.replace_all_uses_with(lowered)
-        self.values[lowered.name] = want
+        self.values[lowered.name] = self.values[node.name]
         self.modules[name] = self._module(node)  # to what follows it still is the Quantize it replaced
         lowered.meta[REFERENCE] = node.name
-        self.report.append(LoweredLayer(node.name, native.kernel, worst, share))
+        self.report.append(outcome if outcome is first else replace(outcome, reason=first.reason))
+
+    def _attempt(
+        self, node: fx.Node, inputs: tuple[fx.Node, ...], build: Callable[[], _Kernel], engine: str
+    ) -> tuple[_Kernel | None, LoweredLayer]:
+        """A kernel of ``engine`` that is right, or None; and what was found."""
+        want = self.values[node.name]
+        try:
+            with _kernels(engine):
+                native = build()
+            with torch.no_grad():
+                got = native(*(self.values[i.name] for i in inputs))
+        except (RuntimeError, AttributeError) as error:
+            return None, LoweredLayer(node.name, "reference", reason=str(error).splitlines()[0])
+        # A float result (the classifier) is compared in units of its own sums, which are integers.
+        unit = native.unit if want.is_floating_point() else 1.0
+        off = ((got.to(torch.float64) - want.to(torch.float64)) / unit).abs()
+        worst, share = round(float(off.max())), float((off > 0.5).double().mean())
+        if worst > _MAX_CODES_OFF:
+            reason = f"{native.kernel} of {engine} was off by up to {worst} codes in {share:.2%} of them"
+            return None, LoweredLayer(node.name, "reference", worst, share, reason)
+        kernel = native.kernel if engine == self.backend else f"{native.kernel} of {engine}"
+        return native, LoweredLayer(node.name, kernel, worst, share)
 
 
 REFERENCE = "fxquant_reference"
