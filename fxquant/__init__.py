@@ -9,6 +9,7 @@ The way through, in order:
 * ``convert`` - the reference integer graph, equal to the frozen model bit for bit.
 * ``lower`` - torch's integer kernels, each checked against the reference.
 * ``save``, ``load`` - the reference graph in a packed file, weights at their own 1 to 8 bits.
+* ``export_onnx``, ``OnnxModel`` - one ONNX file of the same integers, and onnxruntime on it.
 * ``verify`` - all of these compared on held-out images.
 * ``get_qat_qconfig``, ``get_qat_qconfig_mapping``, ``get_backend_config`` - for torch.ao's own ``prepare_qat_fx``.
 * ``FxQuantError`` - base of every error that fxquant raises on purpose.
@@ -20,6 +21,7 @@ from .errors import FxQuantError
 from .freeze import freeze
 from .loss import QATLoss
 from .lower import lower
+from .lower.onnx import OnnxModel, export_onnx
 from .lower.packed import load, save
 from .prepare import calibrate, prepare
 from .qconfig import get_backend_config, get_qat_qconfig, get_qat_qconfig_mapping
@@ -32,10 +34,12 @@ __all__ = [
     "Budget",
     "Controller",
     "FxQuantError",
+    "OnnxModel",
     "QATLoss",
     "Rule",
     "calibrate",
     "convert",
+    "export_onnx",
     "freeze",
     "get_backend_config",
     "get_qat_qconfig",

@@ -110,7 +110,8 @@ def run(
         raise typer.Exit(130) from None
     out.print(report.layer_table(outcome.model, "Who got which bits"))
     for backend, model in outcome.lowered.items():
-        out.print(report.lowering_summary(model.meta["fxquant_lowered"], backend), highlight=False)
+        if isinstance(model, fx.GraphModule):
+            out.print(report.lowering_summary(model.meta["fxquant_lowered"], backend), highlight=False)
     out.print(_summary(resolved, outcome.report, outcome.result["float_accuracy"]))
     out.print(f"written to {folder}", markup=False, highlight=False)
     outcome.report.raise_on_failure()
@@ -122,19 +123,27 @@ def lower(
         Path,
         typer.Argument(metavar="CHECKPOINT", help="a finished run: its folder, model.fxq or checkpoint.pt"),
     ],
-    backend: Annotated[str, typer.Option(help="x86, onednn, fbgemm or qnnpack")] = "x86",
+    backend: Annotated[str, typer.Option(help="x86, onednn, fbgemm, qnnpack or onnxruntime")] = "x86",
     output: Annotated[Path | None, typer.Option(help="write the outcome as JSON to this file")] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="where onnxruntime's file goes [default: model.onnx in the run]")
+    ] = None,
 ) -> None:
-    """Put a finished run's integer model on a backend's kernels and verify it on the held-out images."""
-    from .lower import lower as lower_reference
-    from .train import load_run
+    """Put a finished run's integers on a backend's kernels, or in its file; verify on the held-out images."""
+    from .train import load_run, lower_to
     from .verify import verify
 
-    get_backend(backend)
+    if not get_backend(backend).reads_onnx and onnx is not None:
+        raise FxQuantError(f"--onnx {onnx} was given, but backend {backend!r} reads no file; leave it out")
     loaded = load_run(source)
-    lowered = lower_reference(loaded.reference, backend)
+    file = onnx or (source if source.is_dir() else source.parent) / checkpoint.ONNX_MODEL
+    lowered = lower_to(loaded.reference, backend, file)
     outcome = verify(None, loaded.reference, loaded.data.test(), lowered={backend: lowered})
-    out.print(report.lowering_table(lowered.meta["fxquant_lowered"], backend))
+    operators = lowered.meta["fxquant_lowered"] if isinstance(lowered, fx.GraphModule) else []
+    if operators:
+        out.print(report.lowering_table(operators, backend))
+    else:
+        out.print(f"written to {file}, {file.stat().st_size:,} bytes", markup=False, highlight=False)
     out.print(_summary(loaded.recipe, outcome, None))
     if output is not None:
         parity = outcome.lowered[backend]
@@ -146,8 +155,9 @@ def lower(
                 "reference_accuracy": outcome.reference_accuracy,
                 "accuracy": parity.accuracy,
                 "argmax_agreement": parity.argmax_agreement,
+                "logits_equal": parity.logits_equal,
                 "max_code_difference": parity.max_code_difference,
-                "operators": [vars(layer) for layer in lowered.meta["fxquant_lowered"]],
+                "operators": [vars(layer) for layer in operators],
             },
         )
     outcome.raise_on_failure()
@@ -193,20 +203,21 @@ def compare(
 
 def _summary(recipe: Recipe, outcome: VerifyReport, float_accuracy: float | None) -> Table:
     table = Table(title=f"{recipe.name}, seed {recipe.seed}, {outcome.images} held-out images", title_justify="left")
-    for heading in ("model", "accuracy %", "argmax as reference %", "max codes off"):
+    for heading in ("model", "accuracy %", "argmax as reference %", "logits equal %", "max codes off"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     if float_accuracy is not None:
-        table.add_row("float", f"{float_accuracy:.2f}", "-", "-")
+        table.add_row("float", f"{float_accuracy:.2f}", "-", "-", "-")
     if outcome.fake_quant_accuracy is not None:
         exact = "0 (bit-exact)" if outcome.reference_equals_fake_quant else "DIFFERS"
-        table.add_row("fake-quant, frozen", f"{outcome.fake_quant_accuracy:.2f}", "-", exact)
-    table.add_row("reference integers", f"{outcome.reference_accuracy:.2f}", "100", "0")
+        table.add_row("fake-quant, frozen", f"{outcome.fake_quant_accuracy:.2f}", "-", "-", exact)
+    table.add_row("reference integers", f"{outcome.reference_accuracy:.2f}", "100", "100", "0")
     for backend, parity in outcome.lowered.items():
         table.add_row(
             f"lowered, {backend}",
             f"{parity.accuracy:.2f}",
             f"{parity.argmax_agreement:.2f}",
-            str(parity.max_code_difference),
+            f"{parity.logits_equal:.2f}",
+            "-" if parity.max_code_difference is None else str(parity.max_code_difference),
         )
     return table
 

@@ -150,16 +150,18 @@ class Budget:
 
 @dataclass(frozen=True)
 class BackendSpec:
-    """An integer backend of torch.
+    """What can run the integers.
 
     Args:
-        name: torch's name of the quantized engine.
+        name: torch's name of a quantized engine, or of a runtime that reads a file.
         agreement: the least share of images, in per cent, on which the lowered model's argmax must be that of the
             reference for :func:`fxquant.verify` to accept it.
+        reads_onnx: whether it is a runtime that reads what :func:`fxquant.export_onnx` writes.
     """
 
     name: str
     agreement: float
+    reads_onnx: bool = False
 
 
 BACKENDS: dict[str, BackendSpec] = {
@@ -170,6 +172,7 @@ BACKENDS: dict[str, BackendSpec] = {
         BackendSpec("fbgemm", agreement=99.9),
         # qnnpack rounds a requantized value up or down by one code in 0.1-0.3 % of outputs even at 8 bits.
         BackendSpec("qnnpack", agreement=98.0),
+        BackendSpec("onnxruntime", agreement=99.9, reads_onnx=True),
     )
 }
 

@@ -25,11 +25,12 @@ from .errors import CheckpointError, FxQuantError, NonFiniteError, UnknownNameEr
 from .files import write_json
 from .freeze import freeze, settle
 from .loss import QATLoss
-from .lower import lower, packed, require_engine
+from .lower import lower, onnx, packed, require_engine
 from .prepare import prepare
 from .recipe import Recipe
 from .report import layer_rows
 from .schedule import Schedule, cosine, linear
+from .spec import get_backend
 from .verify import VerifyReport, verify
 
 
@@ -67,7 +68,7 @@ class RunOutcome:
     report: VerifyReport
     model: fx.GraphModule
     reference: fx.GraphModule
-    lowered: dict[str, fx.GraphModule] = field(default_factory=dict)
+    lowered: dict[str, fx.GraphModule | onnx.OnnxModel] = field(default_factory=dict)
 
 
 def run(recipe: Recipe, output: Path, *, resume: bool = False, progress: Progress | None = None) -> RunOutcome:
@@ -133,7 +134,7 @@ class _Run:
         freeze(model, budget, calibration=())  # BatchNorm has been re-estimated
         reference = convert(model)
         packed.save(reference, self.output / checkpoint.PACKED_MODEL, notes={"recipe": recipe.to_json()})
-        lowered = {b: lower(reference, b) for b in recipe.quantization.lower}
+        lowered = {b: lower_to(reference, b, self.output / checkpoint.ONNX_MODEL) for b in recipe.quantization.lower}
         report = verify(model, reference, self.data.test(), lowered=lowered)
         result = self._result(model, report, float_accuracy, history)
         result["simulated"] = {
@@ -151,7 +152,10 @@ class _Run:
         for name in (self.recipe.float_training.optimizer, self.recipe.train.optimizer):
             make_optimizer(param_groups(model, 1e-3), name)
         for backend in self.recipe.quantization.lower:
-            require_engine(backend)
+            if get_backend(backend).reads_onnx:
+                onnx.require_packages("onnx", "onnxscript", "onnxruntime")
+            else:
+                require_engine(backend)
         with torch.no_grad():
             outputs = float_model.eval()(data.example).shape[-1]
         if data.classes not in (None, outputs):
@@ -322,6 +326,7 @@ class _Run:
                 backend: {
                     "accuracy": parity.accuracy,
                     "argmax_agreement": parity.argmax_agreement,
+                    "logits_equal": parity.logits_equal,
                     "max_code_difference": parity.max_code_difference,
                     "worst_layer": parity.worst_layer,
                 }
@@ -340,6 +345,14 @@ class _Run:
             "seconds": time.perf_counter() - self.started,
             "torch": torch.__version__,
         }
+
+
+def lower_to(reference: fx.GraphModule, backend: str, onnx_file: Path) -> fx.GraphModule | onnx.OnnxModel:
+    """The reference on a backend: lowered, or in a runtime that reads ``onnx_file``, which is written then."""
+    if not get_backend(backend).reads_onnx:
+        return lower(reference, backend)
+    onnx.export_onnx(reference, onnx_file)
+    return onnx.OnnxModel(onnx_file)
 
 
 def build_model(recipe: Recipe) -> nn.Module:

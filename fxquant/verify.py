@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from .convert import SOURCE
 from .errors import EmptyDataError, ParityError
 from .lower.native import REFERENCE, Recorder, _kernels
+from .lower.onnx import OnnxModel
 from .spec import get_backend
 
 
@@ -20,13 +21,16 @@ class LoweredParity:
 
     Attributes:
         argmax_agreement: per cent of images with the same argmax.
-        max_code_difference: largest difference of any integer activation, errors of earlier layers included.
+        logits_equal: per cent of logits that are the reference's, bit for bit.
+        max_code_difference: largest difference of any integer activation, errors of earlier layers included; None for a
+            runtime that shows its logits only.
         worst_layer: where that is.
         accuracy: per cent, if labels were given.
     """
 
     argmax_agreement: float
-    max_code_difference: int
+    logits_equal: float
+    max_code_difference: int | None
     worst_layer: str
     accuracy: float | None
 
@@ -62,10 +66,11 @@ class VerifyReport:
         for backend, parity in self.lowered.items():
             bound = get_backend(backend).agreement
             if parity.argmax_agreement < bound:
+                worst = f"; worst layer {parity.worst_layer!r}, off by {parity.max_code_difference} codes"
+                worst = "" if parity.max_code_difference is None else worst
                 raise ParityError(
                     f"lowered to {backend}, {parity.argmax_agreement:.2f} % of {self.images} images keep the "
-                    f"reference's argmax, {bound} % was asked for; worst layer {parity.worst_layer!r}, off by "
-                    f"{parity.max_code_difference} codes. Lower to another backend"
+                    f"reference's argmax, {bound} % was asked for{worst}. Lower to another backend"
                 )
 
 
@@ -75,7 +80,7 @@ def verify(
     reference: fx.GraphModule,
     batches: Iterable,
     *,
-    lowered: dict[str, fx.GraphModule] | None = None,
+    lowered: dict[str, fx.GraphModule | OnnxModel] | None = None,
 ) -> VerifyReport:
     """Compare, on every image of ``batches``, the frozen model with its reference, and that with lowered models.
 
@@ -83,7 +88,7 @@ def verify(
         frozen: the model that trained, frozen; ``None`` compares the reference with lowered models only.
         reference: its :func:`fxquant.convert`.
         batches: image tensors, or (images, labels) tuples for accuracies.
-        lowered: models from :func:`fxquant.lower`, by backend.
+        lowered: models from :func:`fxquant.lower`, or :class:`fxquant.OnnxModel`, by backend.
 
     Raises:
         EmptyDataError: where there is no batch.
@@ -91,7 +96,7 @@ def verify(
     report = VerifyReport()
     lowered = lowered or {}
     tally = {name: _Tally() for name in ("frozen", "reference", *lowered)}
-    worst = dict.fromkeys(lowered, (0, ""))
+    worst = {name: (0 if isinstance(model, fx.GraphModule) else None, "") for name, model in lowered.items()}
     for batch in batches:
         images, labels = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
         report.images += len(images)
@@ -109,6 +114,9 @@ def verify(
                 gap = float((ours.double() - theirs.double()).abs().max())
                 report.different_tensors[node.name] = max(gap, report.different_tensors.get(node.name, 0.0))
         for backend, model in lowered.items():
+            if not isinstance(model, fx.GraphModule):
+                tally[backend].add(model(images), want, labels)
+                continue
             got = Recorder(model)
             with _kernels(backend):
                 tally[backend].add(got.run(images), want, labels)
@@ -128,19 +136,22 @@ def verify(
     report.fake_quant_accuracy = tally["frozen"].accuracy
     report.reference_accuracy = tally["reference"].accuracy
     for backend in lowered:
-        report.lowered[backend] = LoweredParity(tally[backend].agreement, *worst[backend], tally[backend].accuracy)
+        counts = tally[backend]
+        report.lowered[backend] = LoweredParity(counts.agreement, counts.equal, *worst[backend], counts.accuracy)
     return report
 
 
 class _Tally:
-    """Counts of right and of agreeing argmaxes."""
+    """Counts of right and of agreeing argmaxes, and of equal logits."""
 
     def __init__(self):
-        self.images = self.right = self.agreeing = self.labelled = 0
+        self.images = self.right = self.agreeing = self.labelled = self.logits = self.same = 0
 
     def add(self, logits: Tensor, reference: Tensor, labels: Tensor | None) -> None:
         choice = logits.argmax(-1)
         self.images += choice.numel()
+        self.logits += logits.numel()
+        self.same += int((logits == reference).sum())
         self.agreeing += int((choice == reference.argmax(-1)).sum())
         if labels is not None:
             self.labelled += labels.numel()
@@ -149,6 +160,10 @@ class _Tally:
     @property
     def agreement(self) -> float:
         return 100.0 * self.agreeing / max(self.images, 1)
+
+    @property
+    def equal(self) -> float:
+        return 100.0 * self.same / max(self.logits, 1)
 
     @property
     def accuracy(self) -> float | None:

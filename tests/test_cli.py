@@ -187,7 +187,7 @@ def test_failed_parity_is_its_own_exit_status(monkeypatch, digits_run, tmp_path)
     from fxquant.verify import LoweredParity
 
     outcome, _ = digits_run
-    monkeypatch.setitem(outcome.report.lowered, "x86", LoweredParity(50.0, 3, "fc_rescale", 40.0))
+    monkeypatch.setitem(outcome.report.lowered, "x86", LoweredParity(50.0, 20.0, 3, "fc_rescale", 40.0))
     monkeypatch.setattr("fxquant.train.run", lambda *_, **__: outcome)
     monkeypatch.setattr(sys, "argv", ["fxquant", "run", str(RECIPES / "digits_w4a4_nipq.toml"), "--output", "x"])
     with pytest.raises(SystemExit) as exit_:

@@ -18,11 +18,13 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_python_blocks_run_in_order(capsys):
+def test_python_blocks_run_in_order(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["report"].reference_equals_fake_quant
+    assert namespace["onnx"].argmax_agreement >= 99
     assert "torch.uint8 torch.int8 torch.int32" in capsys.readouterr().out
     assert any("Quantized" in type(m).__name__ or "Native" in type(m).__name__ for m in namespace["native"].modules())
 

@@ -65,10 +65,16 @@ def lower(
 
     Raises:
         UnknownNameError: unknown backend.
-        SpecError: an engine that this build of torch lacks, or no batch to check against.
+        SpecError: an engine that this build of torch lacks, a backend that reads a file, or no batch to check against.
     """
     info = prepared_info(reference)
-    backend = get_backend(backend or info.backend).name
+    asked = get_backend(backend or info.backend)
+    if asked.reads_onnx:
+        raise SpecError(
+            f"backend {asked.name!r} reads a file: write it with fxquant.export_onnx(reference, path), and run it with "
+            "fxquant.OnnxModel(path)"
+        )
+    backend = asked.name
     require_engine(backend)
     data = calibration if calibration is not None else info.calibration
     if data is None:

@@ -1,0 +1,229 @@
+"""ONNX: the reference graph as one file of QuantizeLinear and DequantizeLinear, for onnxruntime.
+
+What runtimes fuse into integer kernels, and what they compute wrongly or slowly, decides the form:
+
+* zero-points are explicit inputs, activations uint8;
+* an activation below 8 bits is clipped as uint8, between Quantize and Dequantize: a float Clip there does not fuse;
+* weights of up to 4 bits are INT4 initializers, cast to INT8 before their DequantizeLinear: the runtime folds the cast,
+  and the file has the true size;
+* biases are int32 at the scale of the sums.
+
+onnxruntime requantizes by one float32 multiplier, ``s_x * s_w / s_y``, where the reference multiplies by ``s_x * s_w``
+and then by ``1 / s_y``: about one code in a million lies so near a tie that the two round it apart, by one.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from .. import grid
+from ..errors import FxQuantError, SpecError
+from ..files import write_whole
+from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
+from ..prepare import prepared_info
+
+OPSET = 21
+_NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+def export_onnx(reference: fx.GraphModule, path: str | Path) -> None:
+    """Write a reference graph as ONNX, opset 21, checked, with a dynamic batch; whole or not at all.
+
+    The graph has one input, ``images`` [N, C, H, W] float32, and one output, ``logits``.
+
+    Args:
+        reference: from :func:`fxquant.convert` or :func:`fxquant.load`; not modified.
+        path: by custom with the suffix ``.onnx``.
+
+    Raises:
+        SpecError: for a model that is no reference graph.
+        FxQuantError: where onnx or onnxscript is not installed, or torch cannot export a float operator of the model.
+        OutputFolderError: where it cannot be written.
+    """
+    info = prepared_info(reference)
+    require_packages("onnx", "onnxscript")
+    import onnx
+
+    if not any(isinstance(m, (IntegerConv2d, IntegerLinear)) for m in reference.modules()):
+        raise SpecError(
+            f"export_onnx was given a {type(reference).__name__} without integer layers; give it what "
+            "fxquant.convert returns"
+        )
+    example = torch.randn(2, *info.input_shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's exporter, about its own inside
+            program = torch.onnx.export(
+                _symbolic(reference),
+                (example,),
+                input_names=["images"],
+                output_names=["logits"],
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:  # whatever an operator that ONNX has no form for makes of the exporter
+        raise FxQuantError(f"torch cannot export this model to ONNX: {str(error).splitlines()[0]}") from error
+    model = _narrow_weights(program.model_proto)
+    onnx.checker.check_model(model, full_check=True)
+    content = model.SerializeToString()
+    write_whole(Path(path), lambda p: p.write_bytes(content))
+
+
+class OnnxModel:
+    """An ONNX file in onnxruntime, on the CPU: call it with images, get logits.
+
+    Args:
+        path: what :func:`export_onnx` wrote.
+        threads: of one operator; onnxruntime's own choice when None.
+
+    Raises:
+        FxQuantError: where onnxruntime is not installed, or does not take the file.
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None):
+        require_packages("onnxruntime")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors have no common public base
+            raise FxQuantError(f"onnxruntime does not take {path}: {str(error).splitlines()[0]}") from error
+
+    def __call__(self, images: Tensor) -> Tensor:
+        (logits,) = self.session.run(["logits"], {"images": images.cpu().numpy()})
+        return torch.from_numpy(logits)
+
+
+def require_packages(*names: str) -> None:
+    """Raises :class:`FxQuantError` where a package that ONNX needs is not installed."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise FxQuantError(f"ONNX needs {' and '.join(missing)}, not installed here: pip install 'fxquant[onnx]'")
+
+
+# ---- the reference graph in ONNX's operators --------------------------------------------------------------
+
+
+def _symbolic(reference: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the reference graph whose integer operators write themselves as ONNX's."""
+    model = copy.deepcopy(reference)
+    modules = dict(model.named_modules())
+    forms: dict[str, nn.Module] = {}
+    for node in model.graph.nodes:
+        module = modules.get(node.target) if node.op == "call_module" else None
+        if isinstance(module, Quantize):
+            forms[node.target] = _Quantize(module)
+        elif isinstance(module, Dequantize):
+            forms[node.target] = _Dequantize(module.scale, module.zero_point)
+        elif isinstance(module, Rescale):
+            (layer,) = node.all_input_nodes
+            (codes,) = layer.all_input_nodes
+            entry = modules[codes.target]
+            forms[layer.target] = _Layer(modules[layer.target], entry, module)
+            forms[node.target] = _Activate(module)
+    for name, form in forms.items():
+        setattr(model, name, form)  # names of a reference graph's modules have no dots
+    return model.eval()
+
+
+def _op(name: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, like: Tensor, **attributes: int) -> Tensor:
+    """The result of one ONNX operator; of the shape of ``like``."""
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=like.shape, version=OPSET)
+
+
+class _Quantize(nn.Module):
+    def __init__(self, entry: Quantize):
+        super().__init__()
+        self.register_buffer("scale", entry.scale.clone())
+        self.register_buffer("zero_point", entry.zero_point.to(torch.uint8))
+        self.register_buffer("lowest", entry.bounds[0].to(torch.uint8))
+        self.register_buffer("highest", entry.bounds[1].to(torch.uint8))
+        self.narrow = (entry.quant_min, entry.quant_max) != (0, 255)
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = _op("QuantizeLinear", (x, self.scale, self.zero_point), torch.uint8, x)
+        return _op("Clip", (codes, self.lowest, self.highest), torch.uint8, x) if self.narrow else codes
+
+
+class _Dequantize(nn.Module):
+    def __init__(self, scale: Tensor, zero_point: Tensor):
+        super().__init__()
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer("zero_point", zero_point.to(torch.uint8))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return _op("DequantizeLinear", (codes, self.scale, self.zero_point), torch.float32, codes)
+
+
+class _Layer(nn.Module):
+    """Codes to the float sums of an integer layer; runtimes fuse it with the quantization after it."""
+
+    def __init__(self, layer: IntegerConv2d | IntegerLinear, entry: Quantize, rescale: Rescale):
+        super().__init__()
+        self.entry = _Dequantize(entry.scale, entry.zero_point)
+        self.layer = layer  # for its geometry; its tensors are left out of the file
+        self.register_buffer("weight", layer.weight.clone())
+        scale = rescale.scale.to(torch.float64) / entry.scale.to(torch.float64)
+        self.register_buffer("weight_scale", scale.to(torch.float32))
+        self.register_buffer("weight_zero", torch.zeros_like(rescale.scale, dtype=torch.int8))
+        self.register_buffer("bias", layer.bias.clone())
+        self.register_buffer("bias_scale", rescale.scale.clone())
+        self.register_buffer("bias_zero", torch.zeros_like(layer.bias))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = self.entry(codes)
+        weight = (self.weight, self.weight_scale, self.weight_zero)
+        weight = _op("DequantizeLinear", weight, torch.float32, self.weight, axis=0)
+        bias = _op("DequantizeLinear", (self.bias, self.bias_scale, self.bias_zero), torch.float32, self.bias, axis=0)
+        layer = self.layer
+        if isinstance(layer, IntegerConv2d):
+            return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return F.linear(x, weight, bias)
+
+
+class _Activate(nn.Module):
+    def __init__(self, rescale: Rescale):
+        super().__init__()
+        self.relu, self.ceiling = rescale.relu, rescale.ceiling
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.relu:
+            return x
+        return F.relu(x) if self.ceiling is None else F.hardtanh(x, 0.0, self.ceiling)  # clamp(0, 6) fails to export
+
+
+def _narrow_weights(model):
+    """Initializers of weights that 4 bits hold, from INT8 to INT4 with a Cast after them."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = model.graph
+    weights = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    for initializer in list(graph.initializer):
+        if initializer.name not in weights or initializer.data_type != TensorProto.INT8:
+            continue
+        values = numpy_helper.to_array(initializer)
+        if grid.symmetric_bits(torch.from_numpy(values.copy())) > 4:
+            continue
+        narrow, wide = f"{initializer.name}_int4", initializer.name
+        low, high = (values.reshape(-1).astype("uint8") & 15)[0::2], (values.reshape(-1).astype("uint8") & 15)[1::2]
+        packed = low.copy()
+        packed[: len(high)] |= high << 4
+        tensor = helper.make_tensor(narrow, TensorProto.INT4, initializer.dims, packed.tobytes(), raw=True)
+        graph.initializer.remove(initializer)
+        graph.initializer.append(tensor)
+        graph.node.insert(0, helper.make_node("Cast", [narrow], [wide], f"{wide}_cast", to=TensorProto.INT8))
+    return model

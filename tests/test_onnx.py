@@ -1,0 +1,120 @@
+"""The ONNX file: in onnxruntime the reference's own numbers, at the size of its bits."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxquant as fq
+from fxquant.errors import FxQuantError, SpecError
+from tests.models import TinyMobile, TinyResidual, settle
+
+onnx = pytest.importorskip("onnx", reason="the extra fxquant[onnx] is not installed")
+pytest.importorskip("onnxscript", reason="the extra fxquant[onnx] is not installed")
+pytest.importorskip("onnxruntime", reason="the extra fxquant[onnx] is not installed")
+
+
+def reference_of(model: nn.Module, x: torch.Tensor, bits: int = 4, **options):
+    prepared = fq.prepare(settle(model, x), [fq.Rule("*", bits, bits)], calibration=[x], **options)
+    fq.freeze(prepared)
+    return fq.convert(prepared)
+
+
+def exported(reference, tmp_path) -> fq.OnnxModel:
+    fq.export_onnx(reference, tmp_path / "model.onnx")
+    return fq.OnnxModel(tmp_path / "model.onnx", threads=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "bits"), [(TinyResidual, 1), (TinyResidual, 2), (TinyResidual, 3), (TinyResidual, 8), (TinyMobile, 4)]
+)
+def test_onnxruntime_gives_the_references_logits(model, bits, tmp_path):
+    """All of them, bit for bit, on new images and at any batch size, in networks as small as these.
+
+    onnxruntime multiplies sums by one number where the reference multiplies by two, one after the other; among many
+    more activations, some lie so near a tie that the two round them apart.
+    """
+    x = torch.randn(8, 3, 16, 16)
+    reference = reference_of(model(), x, bits)
+    runs = exported(reference, tmp_path)
+    for count in (1, 8, 33):
+        images = torch.randn(count, 3, 16, 16)
+        assert torch.equal(runs(images), reference(images))
+    report = fq.verify(None, reference, [x, torch.randn(5, 3, 16, 16)], lowered={"onnxruntime": runs})
+    parity = report.lowered["onnxruntime"]
+    assert (parity.argmax_agreement, parity.logits_equal, parity.max_code_difference) == (100, 100, None)
+    report.raise_on_failure()
+
+
+class Operators(nn.Module):
+    """Convolutions of many geometries, and every operator that is carried on an 8-bit grid."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2)
+        self.depthwise = nn.Conv2d(8, 8, (3, 5), padding=(1, 2), groups=8)
+        self.point = nn.Conv2d(8, 8, 1, bias=False)
+        self.pool, self.mean = nn.MaxPool2d(3, 2, 1), nn.AdaptiveAvgPool2d(1)
+        self.gate, self.head = nn.Conv2d(8, 8, 1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        x = self.grouped(x) + self.depthwise(x)
+        x = x * torch.sigmoid(self.gate(self.mean(x)))
+        x = F.relu(self.pool(x) + self.pool(F.gelu(self.point(x))))
+        return self.head(F.pad(torch.cat([x, x.flip(-1)], 1), (1, 0, 0, 1)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_operators_of_many_geometries(bits, tmp_path):
+    """Bit for bit but for float means, whose sums a runtime may order otherwise."""
+    x = torch.randn(8, 3, 16, 16)
+    reference = reference_of(Operators(), x, bits)
+    images = torch.randn(16, 3, 16, 16)
+    want, got = reference(images), exported(reference, tmp_path)(images)
+    step = float(reference.head_rescale.scale.max()) * 127
+    assert (got - want).abs().max() <= step
+    assert float((got == want).double().mean()) > 0.9
+
+
+def test_the_file_is_sound_and_narrow(tmp_path):
+    x = torch.randn(4, 3, 16, 16)
+    prepared = fq.prepare(settle(TinyResidual(), x), [fq.Rule("stem", 8, 8), fq.Rule("*", 4, 3)], calibration=[x])
+    fq.freeze(prepared)
+    fq.export_onnx(fq.convert(prepared), tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 21)]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    assert [i.name for i in model.graph.input] == ["images"]
+    assert [o.name for o in model.graph.output] == ["logits"]
+    kinds = [i.data_type for i in model.graph.initializer if len(i.dims) > 1]
+    assert sorted(kinds) == sorted([onnx.TensorProto.INT8, *[onnx.TensorProto.INT4] * 4])
+    quantizers = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert all(len(n.input) == 3 for n in quantizers)  # zero-points are explicit
+    bounds = {i.name: i for i in model.graph.initializer if i.name.endswith("highest")}
+    clips = [n for n in model.graph.node if n.op_type == "Clip"]
+    assert len(clips) == 3  # conv1 and the shortcut read the same codes
+    assert {int(onnx.numpy_helper.to_array(bounds[n.input[2]])) for n in clips} == {7}
+
+
+def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
+    x = torch.randn(4, 3, 16, 16)
+    prepared = fq.prepare(TinyResidual(), [fq.Rule("*", 4, 4)], calibration=[x])
+    with pytest.raises(SpecError, match="without integer layers"):
+        fq.export_onnx(prepared, tmp_path / "x.onnx")
+    reference = reference_of(TinyResidual(), x)
+    with pytest.raises(SpecError, match=r"backend 'onnxruntime' reads a file: write it with fxquant\.export_onnx"):
+        fq.lower(reference, "onnxruntime")
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    with pytest.raises(FxQuantError, match=r"onnxruntime does not take .*broken\.onnx"):
+        fq.OnnxModel(tmp_path / "broken.onnx")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FxQuantError, match=r"ONNX needs onnx and onnxscript, not installed.*fxquant\[onnx\]"):
+        fq.export_onnx(reference, tmp_path / "x.onnx")
+    assert not (tmp_path / "x.onnx").exists()
