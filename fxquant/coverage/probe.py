@@ -47,19 +47,21 @@ def settled(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def fused_norms(prepared: fx.GraphModule) -> tuple[int, int]:
-    """(BatchNorms inside of convolutions, those plus the ones that follow a convolution and are not)."""
+    """(BatchNorms inside of convolutions, those plus the ones that could be: that alone read a convolution's result)."""
     modules = dict(prepared.named_modules())
     fused = sum(isinstance(getattr(m, "bn", None), nn.BatchNorm2d) for m in modules.values())
     loose = 0
     for node in prepared.graph.nodes:
         if isinstance(modules.get(node.target), nn.BatchNorm2d) or node.target is F.batch_norm:
             source = node.all_input_nodes[0]
+            alone = len(source.users) == 1
             while isinstance(modules.get(source.target), FakeQuantizeBase):
                 source = source.all_input_nodes[0]
+                alone = alone and len(source.users) == 1
             layer = modules.get(source.target)
             # Where the layer has a BatchNorm or a ReLU, what follows comes after that.
             later = getattr(layer, "bn", None) or getattr(layer, "relu", False) or "ReLU" in type(layer).__name__
-            loose += isinstance(layer, nn.Conv2d) and not later
+            loose += isinstance(layer, nn.Conv2d) and alone and not later
     return fused, fused + loose
 
 
