@@ -47,7 +47,7 @@ def settled(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def fused_norms(prepared: fx.GraphModule) -> tuple[int, int]:
-    """(BatchNorms inside of convolutions, those plus the ones that could be: that alone read a convolution's result)."""
+    """(BatchNorms inside of convolutions, those plus the ones that could be: alone in reading what one computes)."""
     modules = dict(prepared.named_modules())
     fused = sum(isinstance(getattr(m, "bn", None), nn.BatchNorm2d) for m in modules.values())
     loose = 0
