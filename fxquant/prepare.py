@@ -136,6 +136,12 @@ def prepare(
     for name, reason in opaque.items():
         mapping.set_module_name(name, None)
         warnings.warn(f"kept in float, as one call: {reason}", stacklevel=2)
+    if dropped := [n for n, m in model.named_modules() if getattr(m, "drop_prob", None) and not _is_dropout(m)]:
+        warnings.warn(
+            f"stochastic depth is off in the prepared graph, in training too (a graph is captured in eval mode): "
+            f"{len(dropped)} modules, {dropped[0]!r} among them",
+            stacklevel=2,
+        )
     with deprecations_silenced():
         config = get_backend_config(backend, captured=True)
         prepared = prepare_captured(traced.train(), mapping, example_inputs, config)
@@ -233,6 +239,11 @@ def _images(batches: Iterable) -> Iterator[Tensor]:
             "the calibration data yielded no batch; pass a loader (not an exhausted iterator) with at least one, "
             "and mind drop_last when the data set is smaller than the batch"
         )
+
+
+def _is_dropout(module: nn.Module) -> bool:
+    """Whether capture keeps a module as one call, so that it goes on dropping in training."""
+    return isinstance(module, nn.modules.dropout._DropoutNd)
 
 
 def _quantizable_layers(traced: fx.GraphModule) -> dict[str, nn.Module]:

@@ -6,6 +6,7 @@ import copy
 import itertools
 
 import pytest
+import timm.layers
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -367,6 +368,15 @@ def test_the_rule_that_messages_recommend_is_one_that_exists():
     nn.init.zeros_(model.shortcut.weight)
     refused(ConstantTensorError, advice, model)
     refused(ConstantTensorError, advice, tiny(), calibration=[images() * 0])
+
+
+def test_stochastic_depth_that_capture_turns_off_is_said():
+    drop = nn.Sequential(nn.Conv2d(3, 4, 3), timm.layers.DropPath(0.1), nn.Dropout(0.2), nn.Flatten())
+    with pytest.warns(UserWarning, match=r"stochastic depth is off .*: 1 modules, '1' among them"):
+        prepared = fq.prepare(drop, ALL4, calibration=[images()])
+    assert any(isinstance(m, nn.Dropout) for m in prepared.modules())  # which drops on in training
+    drop[1].drop_prob = 0.0
+    fq.prepare(drop, ALL4, calibration=[images()])
 
 
 def test_padding_that_integer_kernels_lack_is_made_in_float_before_the_layer():
