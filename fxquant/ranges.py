@@ -115,7 +115,15 @@ def _quantile(rows: Tensor, fraction: float) -> Tensor:
     return rows.kthvalue(min(max(round(fraction * (count - 1)) + 1, 1), count), dim=1).values
 
 
+_BLOCK = 2**17  # elements
+
+
 def _best_shrink(rows: Tensor, low: Tensor, high: Tensor, bits: int, scheme: str) -> Tensor:
+    """The factor of each channel's range, [C], that makes ``rows`` [C, N] on the grid nearest to themselves."""
+    if len(rows) > 1 and rows.numel() > _BLOCK:
+        channels = max(_BLOCK // rows.shape[1], 1)  # so that what all candidates read stays in the cache
+        parts = zip(rows.split(channels), low.split(channels), high.split(channels), strict=True)
+        return torch.cat([_best_shrink(*part, bits, scheme) for part in parts])
     quant_min, quant_max = grid.bounds(bits, scheme)
     best_error = torch.full_like(high, torch.inf)
     best = torch.ones_like(high)

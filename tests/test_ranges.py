@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fxquant import ranges
 from fxquant.errors import ConstantTensorError, EmptyDataError, NonFiniteError
 from fxquant.grid import SCHEMES, bounds
 from fxquant.ranges import METHODS, RangeObserver, step_and_zero
@@ -204,3 +205,14 @@ def test_what_was_observed_is_not_aliased():
     expected = observer.range("mse", 4, "affine", 99.0)
     x.mul_(100)
     assert observer.range("mse", 4, "affine", 99.0) == expected
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+@pytest.mark.parametrize("shape", [(64, 9000), (3, 200_000), (2, 70_000)])
+def test_ranges_of_large_tensors_do_not_depend_on_how_they_are_cut(scheme, shape, monkeypatch):
+    x = torch.randn(shape) * torch.rand(shape[0], 1).exp()
+    cut = observed(x, axis=0).range("mse", 4, scheme, 99.0)
+    monkeypatch.setattr(ranges, "_BLOCK", 2**40)
+    whole = observed(x, axis=0).range("mse", 4, scheme, 99.0)
+    assert torch.equal(cut[0], whole[0])
+    assert torch.equal(cut[1], whole[1])
