@@ -54,15 +54,20 @@ def fused_norms(prepared: fx.GraphModule) -> tuple[int, int]:
     for node in prepared.graph.nodes:
         if isinstance(modules.get(node.target), nn.BatchNorm2d) or node.target is F.batch_norm:
             source = node.all_input_nodes[0]
-            alone = len(source.users) == 1
+            alone = _one_reader(source)
             while isinstance(modules.get(source.target), FakeQuantizeBase):
                 source = source.all_input_nodes[0]
-                alone = alone and len(source.users) == 1
+                alone = alone and _one_reader(source)
             layer = modules.get(source.target)
             # Where the layer has a BatchNorm or a ReLU, what follows comes after that.
             later = getattr(layer, "bn", None) or getattr(layer, "relu", False) or "ReLU" in type(layer).__name__
             loose += isinstance(layer, nn.Conv2d) and alone and not later
     return fused, fused + loose
+
+
+def _one_reader(node: fx.Node) -> bool:
+    """Whether one node alone computes with a node's result; asking for its shape or dtype is not computing."""
+    return sum(user.target is not getattr for user in node.users) == 1
 
 
 def without_gradient(model: nn.Module) -> int:
