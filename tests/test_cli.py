@@ -146,7 +146,15 @@ def test_interrupt_keeps_the_last_epoch_and_resume_goes_on(tmp_path):
     folder = tmp_path / "run"
     command = ["run", "recipes/digits_w4a4_nipq.toml", "--output", folder, "--set", "train.epochs=2", *SHORT[:2]]
     arguments = [sys.executable, "-m", "fxquant", *map(str, command)]
-    process = subprocess.Popen(arguments, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell's background jobs, and what they start, ignore the signal otherwise.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (folder / "checkpoint.pt").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
