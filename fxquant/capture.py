@@ -331,7 +331,7 @@ class Capture(fx.Tracer):
     def _execute(self, kind, target, args, kwargs):
         with torch._C.DisableTorchFunction():
             if kind == "get_attr":
-                return _attribute(self.root, target)
+                return operator.attrgetter(target)(self.root)
             if kind == "call_module":
                 return self.root.get_submodule(target)(*args, **kwargs)
             if kind == "call_method":
@@ -403,12 +403,6 @@ def _pure_function(function: Any) -> Callable | None:
         return None
     homes = (home for home in (torch, F, Tensor) if getattr(home, name, None) is function)
     return next((getattr(home, name[:-1], None) for home in homes), None)
-
-
-def _attribute(root: nn.Module, path: str) -> Any:
-    for part in path.split("."):
-        root = getattr(root, part)
-    return root
 
 
 class _FactoryMode(TorchFunctionMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -84,7 +85,7 @@ def convert(model: fx.GraphModule) -> fx.GraphModule:
             if node.op == "get_attr":
                 env[node].target = flatten(node.target)
                 if not hasattr(root, env[node].target):
-                    root.register_buffer(env[node].target, _attribute(model, node.target).detach().clone())
+                    root.register_buffer(env[node].target, operator.attrgetter(node.target)(model).detach().clone())
             env[node].meta[SOURCE] = node.name
     graph.lint()
     reference = fx.GraphModule(root, graph, f"{type(model).__name__}Reference")
@@ -135,9 +136,3 @@ def load_tensors(reference: nn.Module, tensors: Mapping[str, Tensor], what: str)
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype
-
-
-def _attribute(module: nn.Module, path: str) -> Tensor:
-    for part in path.split("."):
-        module = getattr(module, part)
-    return module

@@ -30,7 +30,6 @@ from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescal
 from ..prepare import prepared_info
 
 OPSET = 21
-_NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
 def export_onnx(reference: fx.GraphModule, path: str | Path) -> None:
@@ -219,8 +218,8 @@ def _narrow_weights(model):
         if grid.symmetric_bits(torch.from_numpy(values.copy())) > 4:
             continue
         narrow, wide = f"{initializer.name}_int4", initializer.name
-        low, high = (values.reshape(-1).astype("uint8") & 15)[0::2], (values.reshape(-1).astype("uint8") & 15)[1::2]
-        packed = low.copy()
+        nibbles = values.reshape(-1).astype("uint8") & 15
+        packed, high = nibbles[0::2].copy(), nibbles[1::2]
         packed[: len(high)] |= high << 4
         tensor = helper.make_tensor(narrow, TensorProto.INT4, initializer.dims, packed.tobytes(), raw=True)
         graph.initializer.remove(initializer)
