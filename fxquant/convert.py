@@ -64,7 +64,11 @@ def convert(model: fx.GraphModule) -> fx.GraphModule:
         module = modules[node.target] if node.op == "call_module" else None
         if isinstance(module, QATLayer):
             form = copy.deepcopy(module.integer_form())
-            codes = call(f"{node.target}_quantize", form.quantize, env[node.args[0]])
+            entry = env[node.args[0]]
+            if module.input_is_quantized:
+                codes = entry.args[0]  # those of the edge it reads
+            else:
+                codes = call(f"{node.target}_quantize", form.quantize, entry)
             sums = call(f"{node.target}_integer", form.layer, codes)
             env[node] = call(f"{node.target}_rescale", form.rescale, sums)
             env[node].meta[SOURCE] = node.name

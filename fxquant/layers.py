@@ -65,6 +65,7 @@ class QATLayer(nn.Module):
     relu: bool
     ceiling: float | None
     _channel_axis: int
+    input_is_quantized = False  # by the edge it reads, whose quantizer is its own: prepare() says so
 
     def _adopt(self, module: nn.Module) -> None:
         """Take over parameters, BatchNorm and activation; the weight's range is set from the weight."""
@@ -118,7 +119,7 @@ class QATLayer(nn.Module):
         if self.frozen:
             form = self.integer_form()
             return form.rescale(form.layer(form.quantize(x)))
-        if self.input_fake_quant is not None:
+        if self.input_fake_quant is not None and not self.input_is_quantized:
             x = self.input_fake_quant(x)
         out = self._compute(x, self.weight_fake_quant(effective_weight(self)))
         if self.bn is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import platform
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from . import cost
 from ._torch_ao import QConfigMapping, deprecations_silenced, prepare_captured
 from .computed import effective_weight
 from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecError
-from .estimators import Estimator
+from .estimators import Bits, Estimator
 from .grid import check_bits
 from .layers import QATLayer
 from .qconfig import EDGE_OPERATORS, QUANTIZABLE, edge_qconfig, get_backend_config, get_qat_qconfig
@@ -93,7 +94,8 @@ def prepare(
         calibration: iterable of batches (a tensor, or a tuple whose first item is one), from which activation
             ranges are set. ``None`` leaves them to be set by :func:`calibrate`, or by a checkpoint.
         example_inputs: arguments of one forward; taken from ``calibration`` when not given.
-        backend: integer backend the trained graph is for.
+        backend: integer backend the trained graph is for; its profile (:class:`fxquant.spec.BackendSpec`) decides
+            where tensors are rounded, and widths that its kernels would compute wrongly are reduced, with a warning.
         residual_bits: width of the tensors between layers.
 
     Raises:
@@ -125,6 +127,7 @@ def prepare(
     if not layers:
         raise SpecError(f"{type(model).__name__} has no Conv2d or Linear layer to quantize")
     resolved = resolve_rules(list(rules), list(layers))
+    resolved = {name: _within_engine(rule, layers[name], name, backend) for name, rule in resolved.items()}
     for name, rule in resolved.items():
         if rule is not None and not rule.keeps_float:
             _check_weight(name, effective_weight(layers[name]))
@@ -145,7 +148,8 @@ def prepare(
     with deprecations_silenced():
         config = get_backend_config(backend, captured=True)
         prepared = prepare_captured(traced.train(), mapping, example_inputs, config)
-    _place_edges(prepared)
+    _place_edges(prepared, get_backend(backend).adds_in_layer)
+    _share_grids(prepared)
     for name, module in prepared.named_modules():
         if isinstance(module, Estimator):
             module.where = name
@@ -280,12 +284,59 @@ def _qconfig_of(rule: Rule | None, residual_bits: int):
     )
 
 
-def _place_edges(prepared: fx.GraphModule) -> None:
+def _within_engine(rule: Rule | None, layer: nn.Module, name: str, backend: str) -> Rule | None:
+    """The rule, reduced where the kernels of the profile would overflow; with a warning that says so."""
+    if rule is None or rule.keeps_float:
+        return rule
+    profile = get_backend(backend)
+    widest = {"weight_bits": 8, "activation_bits": 8}
+    reason = ""
+    if profile.saturates_without_vnni and not has_vnni():
+        widest["weight_bits"], reason = 7, "without VNNI instructions sums of two products saturate at 16 bits"
+    depthwise = getattr(layer, "groups", 1) > 1 and layer.groups == layer.in_channels
+    if depthwise and _highest(rule.weight_bits) == widest["weight_bits"] == 8 > profile.depthwise_bits:
+        widest["activation_bits"] = profile.depthwise_bits
+        reason = f"{backend}'s depthwise kernels saturate at 16 bits"
+    for field_name, bits in widest.items():
+        asked = getattr(rule, field_name)
+        if _highest(asked) > bits:
+            warnings.warn(f"layer {name!r}: {field_name}={asked} becomes {bits} at most: {reason}", stacklevel=3)
+            reduced = bits if isinstance(asked, int) or asked[0] >= bits else (asked[0], bits)
+            rule = dataclasses.replace(rule, **{field_name: reduced})
+    return rule
+
+
+def _highest(bits: Bits) -> int:
+    return bits if isinstance(bits, int) else bits[1]
+
+
+def has_vnni() -> bool:
+    """Whether this CPU multiplies 8-bit integers without intermediate saturation (VNNI); true on other than x86."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.cpu._is_vnni_supported()
+
+
+def _share_grids(prepared: fx.GraphModule) -> None:
+    """Where a layer reads an edge of its own width, the two quantizers become one: the second would round again."""
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    for node in prepared.graph.nodes:
+        layer = modules.get(node.target) if node.op == "call_module" else None
+        if not isinstance(layer, QATLayer) or layer.input_fake_quant is None:
+            continue
+        source = node.args[0]
+        edge = modules.get(source.target) if source.op == "call_module" else None
+        if isinstance(edge, Estimator) and layer.input_fake_quant.bits == edge.bits:
+            layer.input_fake_quant, layer.input_is_quantized = edge, True
+
+
+def _place_edges(prepared: fx.GraphModule, adds_in_layer: bool) -> None:
     """Keep the edge quantizers that integer operators need, drop the rest, and name them after their producer.
 
     torch.ao observes every output. A layer quantizes its own input, so an edge matters only where it carries the
     result or an operand of an addition, multiplication or concatenation, directly or through operators that share
-    their quantizer between input and output (poolings, shape operators).
+    their quantizer between input and output (poolings, shape operators). ``adds_in_layer``: of a residual addition,
+    the operand that a layer has just computed goes without.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
 
@@ -305,6 +356,9 @@ def _place_edges(prepared: fx.GraphModule) -> None:
         if any(onward in kept and edge_of(onward) is edge_of(node) for onward in through):
             kept.add(node)
 
+    if adds_in_layer:
+        kept -= _unrounded_addends(prepared, kept, modules)
+
     names: dict[int, str] = {}
     for node in edges:
         if node not in kept:
@@ -322,6 +376,24 @@ def _place_edges(prepared: fx.GraphModule) -> None:
             delattr(prepared, name)
     prepared.graph.lint()
     prepared.recompile()
+
+
+def _unrounded_addends(prepared: fx.GraphModule, kept: set[fx.Node], modules: dict[str, nn.Module]) -> set[fx.Node]:
+    """Of each addition of two edges, the one whose layer can add the other itself; the later of the two if both can."""
+    position = {node: index for index, node in enumerate(prepared.graph.nodes)}
+    found = set()
+    for node in prepared.graph.nodes:
+        operands = node.args if node.op == "call_function" and node.target in (operator.add, torch.add) else ()
+        if len(operands) != 2 or node.kwargs or not all(operand in kept for operand in operands):
+            continue
+        for operand in sorted(operands, key=position.get, reverse=True):
+            producer = operand.args[0]
+            layer = modules.get(producer.target) if producer.op == "call_module" else None
+            private = len(operand.users) == len(producer.users) == 1 and operands[0] is not operands[1]
+            if private and isinstance(layer, QATLayer) and not layer.relu:
+                found.add(operand)
+                break
+    return found
 
 
 def _is_arithmetic(node: fx.Node) -> bool:

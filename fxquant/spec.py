@@ -150,28 +150,37 @@ class Budget:
 
 @dataclass(frozen=True)
 class BackendSpec:
-    """What can run the integers.
+    """The profile of what can run the integers: it shapes the graph that trains, so that it is the one deployed.
 
     Args:
         name: torch's name of a quantized engine, or of a runtime that reads a file.
         agreement: the least share of images, in per cent, on which the lowered model's argmax must be that of the
             reference for :func:`fxquant.verify` to accept it.
         reads_onnx: whether it is a runtime that reads what :func:`fxquant.export_onnx` writes.
+        adds_in_layer: whether the kernel of a layer adds a residual before it rounds. Then the layer's result goes
+            into the addition as it is; elsewhere both operands lie on the 8-bit grid.
+        depthwise_bits: widest activations that its depthwise convolutions compute rightly with 8-bit weights.
+        saturates_without_vnni: whether, on an x86 CPU without VNNI instructions, its kernels add pairs of products in
+            16 bits, which 8-bit weights overflow.
     """
 
     name: str
     agreement: float
     reads_onnx: bool = False
+    adds_in_layer: bool = False
+    depthwise_bits: int = 8
+    saturates_without_vnni: bool = True
 
 
 BACKENDS: dict[str, BackendSpec] = {
     spec.name: spec
     for spec in (
-        BackendSpec("x86", agreement=99.9),
-        BackendSpec("onednn", agreement=99.9),
-        BackendSpec("fbgemm", agreement=99.9),
+        BackendSpec("x86", agreement=99.9, adds_in_layer=True),
+        BackendSpec("onednn", agreement=99.9, adds_in_layer=True),
+        # Its 3x3 depthwise kernel adds in 16 bits whatever the CPU: up to 200 codes off at full 8 bits.
+        BackendSpec("fbgemm", agreement=99.9, depthwise_bits=7),
         # qnnpack rounds a requantized value up or down by one code in 0.1-0.3 % of outputs even at 8 bits.
-        BackendSpec("qnnpack", agreement=98.0),
+        BackendSpec("qnnpack", agreement=98.0, saturates_without_vnni=False),
         BackendSpec("onnxruntime", agreement=99.9, reads_onnx=True),
     )
 }

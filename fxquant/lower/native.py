@@ -1,7 +1,7 @@
 """lower(): the reference integer graph on torch's own integer kernels (x86, onednn, fbgemm, qnnpack).
 
-torch's quantized kernels saturate at 8 bits whatever the width, so every lowered operator clamps to the codes of
-the width that was trained. Every lowered operator is also compared with the reference on one real batch as it is
+Between kernels flow plain uint8 codes. torch's kernels saturate at 8 bits whatever the width, so every one clamps to
+the codes of the width that was trained. Every one is also compared with the reference on one real batch as it is
 built, because kernels have bugs that ordinary models hit (fbgemm's 16-bit saturation on depthwise convolutions,
 onednn's padding of grouped ones): one that is off by more than one code moves to another engine, or stays on the
 reference where none is right, and is listed.
@@ -13,7 +13,7 @@ import contextlib
 import copy
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,12 +21,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..errors import SpecError
-from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale, activate
-from ..prepare import _images, prepared_info
+from ..integer import Dequantize, IntegerConv2d, Quantize, Rescale
+from ..prepare import _images, has_vnni, prepared_info
 from ..spec import get_backend
+from . import kernels
+from .kernels import Kernel
 
 _MAX_CODES_OFF = 1
-_ENGINES = ("onednn", "fbgemm")  # where a layer moves whose kernel is wrong; what they pack runs under any engine
+_OTHER_ENGINES = ("onednn", "fbgemm")  # where a layer moves whose kernel is wrong; what they pack runs anywhere
 
 
 @dataclass(frozen=True)
@@ -98,21 +100,26 @@ class _Lowering:
 
     def __init__(self, model: fx.GraphModule, backend: str, batch: Tensor):
         self.model, self.graph, self.backend = model, model.graph, backend
+        self.engine = ("onednn" if has_vnni() else "fbgemm") if backend == "x86" else backend
         self.modules = dict(model.named_modules())
         with torch.no_grad():
             recorder = Recorder(model)
             recorder.run(batch)
         self.values = recorder.values
+        self.order = {node: index for index, node in enumerate(model.graph.nodes)}
         self.report: list[LoweredLayer] = []
 
     def run(self) -> fx.GraphModule:
         for node in list(self.graph.nodes):
             module = self._module(node)
+            if not node.users:
+                continue  # a kernel has taken it in
             if isinstance(module, Rescale):
                 self._lower_layer(node, module)
             elif isinstance(module, Quantize):
                 self._lower_operator(node, module)
         self.graph.eliminate_dead_code()
+        self._free_addends()
         self.model.delete_all_unused_submodules()
         self.graph.lint()
         self.model.recompile()
@@ -124,78 +131,141 @@ class _Lowering:
         is_call = isinstance(node, fx.Node) and node.op == "call_module"
         return self.modules.get(node.target) if is_call else None
 
+    # ---- what becomes one kernel ------------------------------------------------------------------------------
+
     def _lower_layer(self, rescale_node: fx.Node, rescale: Rescale) -> None:
-        """Quantize -> integer layer -> Rescale -> Quantize, on one kernel from codes to codes."""
+        """Quantize -> integer layer -> Rescale, with what follows it up to the next Quantize if a kernel does it."""
         layer_node = rescale_node.args[0]
         entry_node = layer_node.args[0]
         layer, entry = self._module(layer_node), self._module(entry_node)
-        users = list(rescale_node.users)
-        exit_ = self._module(users[0]) if len(users) == 1 else None
-        convolution = isinstance(layer, IntegerConv2d)
+        operands = layer, entry, rescale
+        after = _only_user(rescale_node)
+        exit_ = self._module(after)
+        failed: LoweredLayer | None = None
+        done = False
         if isinstance(exit_, Quantize):
-            kernel = _NativeConv2d if convolution else _NativeLinear
-            others = [e for e in _ENGINES if e != self.backend and e in torch.backends.quantized.supported_engines]
-            self._try(users[0], (entry_node,), lambda: kernel(layer, entry, rescale, exit_), others)
-        elif convolution:
-            self._try(rescale_node, (entry_node,), lambda: _NativeConv2dToFloat(layer, entry, rescale))
-        else:
-            self._try(rescale_node, (entry_node,), lambda: _NativeLinearToFloat(layer, rescale))
+            done, failed = self._try(after, (entry_node,), lambda engine: _layer_kernel(engine, *operands, exit_))
+        elif (post := _post_operation(after, exit_)) and not rescale.relu:
+            end = _only_user(after)
+            if isinstance(self._module(end), Quantize):
+                build = _onednn_only(*operands, self._module(end), activation=post)
+                done, failed = self._try(end, (entry_node,), build)
+        elif _is_addition(after) and not rescale.relu:
+            done, failed = self._lower_addition(rescale_node, after, entry_node, operands)
+        if not done:
+            exact = isinstance(after, fx.Node) and after.op == "output" and not isinstance(layer, IntegerConv2d)
+            build = (lambda _: kernels.ExactLinear(layer, rescale)) if exact else _onednn_only(*operands)
+            done, last = self._try(rescale_node, (entry_node,), build, failed)
+            if not done:
+                self.report.append(failed or last)
+
+    def _lower_addition(
+        self, rescale_node: fx.Node, add: fx.Node, entry_node: fx.Node, operands: tuple
+    ) -> tuple[bool, LoweredLayer | None]:
+        """A layer that adds a residual before it rounds, with the ReLU after that."""
+        other = add.args[1] if add.args[0] is rescale_node else add.args[0]
+        addend = self._module(other)
+        end = _only_user(add)
+        relu = end is not None and _is_relu(end, self._module(end))
+        end = _only_user(end) if relu else end
+        exit_ = self._module(end)
+        if not (isinstance(addend, Dequantize) and isinstance(exit_, Quantize)):
+            return False, None
+        if self.values[other.name].shape != self.values[rescale_node.name].shape:
+            return False, None  # the kernel does not broadcast
+        build = _onednn_only(*operands, exit_, addend=addend, relu_after=relu)
+        return self._try(end, (entry_node, other.args[0]), build)
 
     def _lower_operator(self, exit_node: fx.Node, exit_: Quantize) -> None:
-        """Dequantize -> addition (-> ReLU) or max pooling -> Quantize, on one kernel from codes to codes."""
+        """What lies between a Dequantize and a Quantize: addition (-> ReLU), max pooling, concatenation, nothing."""
         node = exit_node.args[0]
-        relu = _is_relu(node, self._module(node)) and len(node.users) == 1
-        if relu:
-            node = node.args[0]
-        if not isinstance(node, fx.Node) or len(node.users) != 1:
+        start = self._module(node)
+        if isinstance(start, Dequantize):
+            self._try_operator(exit_node, (node.args[0],), lambda _: kernels.Requantize(start, exit_))
             return
-        if node.op == "call_function" and node.target in (operator.add, torch.add):
-            ends = [self._module(arg) for arg in node.args]
-            if len(ends) == 2 and not node.kwargs and all(isinstance(end, Dequantize) for end in ends):
-                codes = tuple(arg.args[0] for arg in node.args)
-                self._try(exit_node, codes, lambda: _NativeAdd(*ends, exit_, relu))
-        elif isinstance(self._module(node), nn.MaxPool2d) and not relu:
-            end = self._module(node.args[0])
-            if isinstance(end, Dequantize) and _same_grid(end, exit_):
-                self._try(exit_node, (node.args[0].args[0],), lambda: _NativeMaxPool2d(self._module(node)))
+        relu = _is_relu(node, start) and len(node.users) == 1
+        inner = node.args[0] if relu else node
+        ends = [self._module(operand) for operand in inner.all_input_nodes]
+        lone = len(inner.users) == 1 and ends and all(isinstance(end, Dequantize) for end in ends)
+        codes = tuple(operand.args[0] for operand in inner.all_input_nodes) if lone else ()
+        if lone and _is_addition(inner) and len(ends) == 2 and self.engine in ("fbgemm", "qnnpack"):
+            self._try_operator(exit_node, codes, lambda _: kernels.QuantizedAdd(*ends, exit_, relu))
+        elif lone and not relu and self._on_codes(inner, ends, exit_):
+            self._try_operator(exit_node, codes, lambda _: self._code_kernel(inner))
+        else:
+            self._try_operator(exit_node, (node,), lambda _: kernels.FastQuantize(exit_))
+
+    def _on_codes(self, node: fx.Node, ends: list[Dequantize], exit_: Quantize) -> bool:
+        """Whether an operator moves values without changing them, between equal grids, so that codes will do."""
+        if not all(kernels._same_grid(end, exit_) for end in ends) or (exit_.quant_min, exit_.quant_max) != (0, 255):
+            return False
+        return isinstance(self._module(node), nn.MaxPool2d) or node.target is torch.cat
+
+    def _code_kernel(self, node: fx.Node) -> Kernel:
+        if node.target is torch.cat:
+            parts = node.args[0] if node.args else node.kwargs["tensors"]
+            if len(parts) != len(node.all_input_nodes):
+                raise RuntimeError("one tensor twice in a concatenation")
+            return kernels.Concatenate(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))
+        return kernels.MaxPool2d(self._module(node))
+
+    # ---- the check --------------------------------------------------------------------------------------------
+
+    def _try_operator(self, *arguments) -> None:
+        done, outcome = self._try(*arguments)
+        if not done:
+            self.report.append(outcome)
 
     def _try(
         self,
         node: fx.Node,
         inputs: tuple[fx.Node, ...],
-        build: Callable[[], _Kernel],
-        other_engines: Sequence[str] = (),
-    ) -> None:
-        """Replace ``node`` by a kernel on ``inputs`` if, given the reference's input, it gives its output."""
-        first: LoweredLayer | None = None
-        for engine in (self.backend, *other_engines):
-            native, outcome = self._attempt(node, inputs, build, engine)
-            first = first or outcome
+        build: Callable[[str], Kernel | None],
+        failed: LoweredLayer | None = None,
+    ) -> tuple[bool, LoweredLayer | None]:
+        """Replace ``node`` by a kernel on ``inputs`` if, given the reference's input, it gives its output.
+
+        Returns whether there was one, and what was wrong with the first that was not; ``failed`` is what was wrong
+        with a form of it that was tried before.
+        """
+        tried: list[str] = []
+        for engine in (self.engine, *_OTHER_ENGINES):
+            if engine in tried or engine not in torch.backends.quantized.supported_engines:
+                continue
+            tried.append(engine)
+            attempt = self._attempt(node, inputs, build, engine)
+            if attempt is None:
+                continue
+            native, outcome = attempt
             if native is not None:
                 break
+            failed = failed or outcome
         else:
-            self.report.append(first)
-            return
+            return False, failed
         name = f"{node.name}_{self.backend}"
         self.model.add_submodule(name, native)
         with self.graph.inserting_before(node):
             lowered = self.graph.create_node("call_module", name, inputs)
         node.replace_all_uses_with(lowered)
         self.values[lowered.name] = self.values[node.name]
+        self.order[lowered] = self.order[node]
         self.modules[name] = self._module(node)  # to what follows it still is the Quantize it replaced
         lowered.meta[REFERENCE] = node.name
-        self.report.append(outcome if outcome is first else replace(outcome, reason=first.reason))
+        self.report.append(replace(outcome, reason=failed.reason) if failed else outcome)
+        return True, None
 
     def _attempt(
-        self, node: fx.Node, inputs: tuple[fx.Node, ...], build: Callable[[], _Kernel], engine: str
-    ) -> tuple[_Kernel | None, LoweredLayer]:
-        """A kernel of ``engine`` that is right, or None; and what was found."""
+        self, node: fx.Node, inputs: tuple[fx.Node, ...], build: Callable[[str], Kernel | None], engine: str
+    ) -> tuple[Kernel | None, LoweredLayer] | None:
+        """A kernel of ``engine`` that is right, or None, and what was found; None where it has no such kernel."""
         want = self.values[node.name]
         try:
             with _kernels(engine):
-                native = build()
+                native = build(engine)
+            if native is None:
+                return None
             with torch.no_grad():
-                got = native(*(self.values[i.name] for i in inputs))
+                got = native(*(self.values[i.name].clone() for i in inputs))
         except (RuntimeError, AttributeError) as error:
             return None, LoweredLayer(node.name, "reference", reason=str(error).splitlines()[0])
         # A float result (the classifier) is compared in units of its own sums, which are integers.
@@ -205,8 +275,51 @@ class _Lowering:
         if worst > _MAX_CODES_OFF:
             reason = f"{native.kernel} of {engine} was off by up to {worst} codes in {share:.2%} of them"
             return None, LoweredLayer(node.name, "reference", worst, share, reason)
-        kernel = native.kernel if engine == self.backend else f"{native.kernel} of {engine}"
+        kernel = native.kernel if engine == self.engine else f"{native.kernel} of {engine}"
         return native, LoweredLayer(node.name, kernel, worst, share)
+
+    def _free_addends(self) -> None:
+        """Let a layer write its sum over the addend where nothing reads that afterwards."""
+        order = {node: index for index, node in enumerate(self.graph.nodes)}
+        for node in self.graph.nodes:
+            kernel = self.model.get_submodule(node.target) if node.op == "call_module" else None
+            if not isinstance(kernel, kernels.OnednnLayer) or kernel.add_grid is None:
+                continue
+            addend = node.args[1]
+            owner = self.model.get_submodule(addend.target) if addend.op == "call_module" else None
+            fresh = isinstance(owner, Kernel) and not isinstance(owner, kernels.Requantize)
+            kernel.overwrite = fresh and all(order[user] <= order[node] for user in addend.users)
+
+
+def _layer_kernel(engine: str, layer, entry: Quantize, rescale: Rescale, exit_: Quantize) -> Kernel:
+    make = kernels.OnednnLayer if engine == "onednn" else kernels.QuantizedLayer
+    return make(layer, entry, rescale, exit_)
+
+
+def _onednn_only(*operands, **options) -> Callable[[str], Kernel | None]:
+    """Builds what only onednn has; its operators run whatever engine is set."""
+    return lambda engine: kernels.OnednnLayer(*operands, **options) if engine == "onednn" else None
+
+
+def _only_user(node: fx.Node | None) -> fx.Node | None:
+    return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
+
+
+def _is_addition(node: fx.Node | None) -> bool:
+    is_call = isinstance(node, fx.Node) and node.op == "call_function" and node.target in (operator.add, torch.add)
+    return is_call and not node.kwargs and len(node.all_input_nodes) == 2
+
+
+def _post_operation(node: fx.Node | None, module: nn.Module | None) -> tuple[str, list, str] | None:
+    """An activation function as onednn's post-operation: name, scalars, algorithm."""
+    target = type(module) if module is not None else node.target if node is not None else None
+    if target in (nn.SiLU, F.silu):
+        return "swish", [], ""
+    if target in (nn.Hardswish, F.hardswish):
+        return "hardswish", [], ""
+    if target in (nn.GELU, F.gelu):
+        return "gelu", [], module.approximate if module is not None else node.kwargs.get("approximate", "none")
+    return None
 
 
 REFERENCE = "fxquant_reference"
@@ -223,7 +336,8 @@ class Recorder(fx.Interpreter):
     def run_node(self, node: fx.Node):
         out = super().run_node(node)
         if isinstance(out, Tensor):
-            self.values[node.name] = out
+            # A kernel may write over its addend's codes.
+            self.values[node.name] = out.clone() if out.dtype == torch.uint8 else out
         return out
 
 
@@ -244,153 +358,3 @@ def _is_relu(node, module: nn.Module | None) -> bool:
     if isinstance(module, nn.ReLU):
         return True
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in (F.relu, torch.relu)
-
-
-def _same_grid(a: Dequantize, b: Quantize) -> bool:
-    return bool(a.scale == b.scale) and bool(a.zero_point == b.zero_point)
-
-
-def _typed(codes: Tensor, scale: float, zero_point: int) -> Tensor:
-    """Plain uint8 codes as the quint8 tensor that torch's kernels take."""
-    return torch._make_per_tensor_quantized_tensor(codes, scale, zero_point)
-
-
-class _Kernel(nn.Module):
-    """A kernel from codes to codes, clamped to the codes that were trained."""
-
-    kernel: str
-
-    def _take_exit(self, exit_: Quantize) -> None:
-        self.out_scale, self.out_zero = float(exit_.scale), int(exit_.zero_point)
-        self.bounds = exit_.quant_min, exit_.quant_max
-
-    def _clamp(self, out: Tensor) -> Tensor:
-        codes = out.int_repr()
-        return codes if self.bounds == (0, 255) else codes.clamp_(*self.bounds)
-
-    def extra_repr(self) -> str:
-        return self.kernel
-
-
-class _NativeLayer(_Kernel):
-    def __init__(self, layer, entry: Quantize, rescale: Rescale, exit_: Quantize):
-        super().__init__()
-        self.in_scale, self.in_zero = float(entry.scale), int(entry.zero_point)
-        self._take_exit(exit_)
-        if rescale.ceiling is not None:
-            # The grid is monotone: the code of the ceiling is the largest that anything below it can have.
-            lowest, highest = self.bounds
-            self.bounds = lowest, min(highest, int(exit_(exit_.scale.new_tensor([rescale.ceiling]))))
-        sum_scale = rescale.scale.to(torch.float64)
-        weight = torch._make_per_channel_quantized_tensor(
-            layer.weight, sum_scale / self.in_scale, torch.zeros_like(sum_scale, dtype=torch.int64), 0
-        )
-        bias = (layer.bias.to(torch.float64) * sum_scale).to(torch.float32)
-        self.packed = self._pack(layer, weight, bias)
-        name = self.kernel + ("_relu" if rescale.relu else "")
-        self.kernel = name
-        self._op = getattr(torch.ops.quantized, name.removeprefix("quantized."))
-
-    def forward(self, codes: Tensor) -> Tensor:
-        x = _typed(codes, self.in_scale, self.in_zero)
-        return self._clamp(self._op(x, self.packed, self.out_scale, self.out_zero))
-
-
-class _NativeConv2d(_NativeLayer):
-    kernel = "quantized.conv2d"
-
-    def _pack(self, layer: IntegerConv2d, weight: Tensor, bias: Tensor):
-        return torch.ops.quantized.conv2d_prepack(
-            weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups
-        )
-
-
-class _NativeLinear(_NativeLayer):
-    kernel = "quantized.linear"
-
-    def _pack(self, layer: IntegerLinear, weight: Tensor, bias: Tensor):
-        return torch.ops.quantized.linear_prepack(weight, bias)
-
-
-class _NativeConv2dToFloat(_Kernel):
-    """uint8 codes to float32, for a convolution whose result is no integer tensor: before SiLU, GELU, a pooling."""
-
-    kernel = "onednn.qconv_pointwise"
-
-    def __init__(self, layer: IntegerConv2d, entry: Quantize, rescale: Rescale):
-        super().__init__()
-        self.in_scale, self.in_zero = float(entry.scale), int(entry.zero_point)
-        sum_scale = rescale.scale.to(torch.float64)
-        self.register_buffer("weight_scale", (sum_scale / self.in_scale).to(torch.float32))
-        self.register_buffer("weight_zero", torch.zeros_like(rescale.scale, dtype=torch.int32))
-        self.register_buffer("bias", (layer.bias.to(torch.float64) * sum_scale).to(torch.float32))
-        self.geometry = layer.stride, layer.padding, layer.dilation, layer.groups
-        self.packed = torch.ops.onednn.qconv_prepack(
-            layer.weight, self.weight_scale, self.in_scale, self.in_zero, *self.geometry
-        )
-        self.rescale = rescale
-
-    @property
-    def unit(self) -> Tensor:
-        """What one unit of the integer sums is worth, per output channel."""
-        return self.rescale.scale.to(torch.float64).reshape(-1, 1, 1)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        out = torch.ops.onednn.qconv_pointwise(
-            codes, self.in_scale, self.in_zero, self.packed, self.weight_scale, self.weight_zero, self.bias,
-            *self.geometry, 1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
-        return activate(out, self.rescale.relu, self.rescale.ceiling)
-
-
-class _NativeLinearToFloat(_Kernel):
-    """uint8 codes to float32 through an exact int32 matrix product: the classifier keeps its full resolution."""
-
-    kernel = "aten._int_mm"
-
-    def __init__(self, layer: IntegerLinear, rescale: Rescale):
-        super().__init__()
-        weight = layer.weight.to(torch.int32)
-        # _int_mm multiplies int8 by int8: uint8 codes are shifted by 128, and the shift is taken out of the bias.
-        self.register_buffer("weight", layer.weight.t().contiguous())
-        self.register_buffer("bias", layer.bias + (128 - layer.input_zero_point) * weight.sum(1, dtype=torch.int32))
-        self.rescale = rescale
-
-    @property
-    def unit(self) -> Tensor:
-        """What one unit of the integer sums is worth, per output."""
-        return self.rescale.scale.to(torch.float64)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        shifted = (codes.to(torch.int16) - 128).to(torch.int8)
-        sums = torch._int_mm(shifted.reshape(-1, shifted.shape[-1]), self.weight) + self.bias
-        return self.rescale(sums.reshape(*codes.shape[:-1], -1))
-
-
-class _NativeAdd(_Kernel):
-    kernel = "quantized.add"
-
-    def __init__(self, left: Dequantize, right: Dequantize, exit_: Quantize, relu: bool):
-        super().__init__()
-        self.left = float(left.scale), int(left.zero_point)
-        self.right = float(right.scale), int(right.zero_point)
-        self._take_exit(exit_)
-        self.kernel += "_relu" if relu else ""
-        self._op = torch.ops.quantized.add_relu if relu else torch.ops.quantized.add
-
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        operands = _typed(left, *self.left), _typed(right, *self.right)
-        return self._clamp(self._op(*operands, self.out_scale, self.out_zero))
-
-
-class _NativeMaxPool2d(_Kernel):
-    """Max pooling of codes, which is that of the values: the grid is monotone."""
-
-    kernel = "quantized.max_pool2d"
-
-    def __init__(self, pool: nn.MaxPool2d):
-        super().__init__()
-        self.pool = copy.deepcopy(pool)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        return self.pool(_typed(codes, 1.0, 0)).int_repr()

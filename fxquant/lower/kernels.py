@@ -1,0 +1,308 @@
+"""torch's integer kernels as modules from codes to codes, clamped to the codes of the width that was trained.
+
+Two families, one interface. The onednn operators take and give plain uint8 tensors, clamp in their own post-operation
+and add a residual before they round. The operators of ``torch.ops.quantized`` (fbgemm, qnnpack) want torch's quint8
+tensors, which are made of and read back as plain uint8 around each call.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale, activate
+
+# Adding 1.5 * 2^23 to a float32 below 2^22 leaves its nearest integer, ties to even, in the low bits.
+_ROUNDING = 1.5 * 2**23
+
+
+class Kernel(nn.Module):
+    """One operator on the backend.
+
+    Attributes:
+        kernel: torch's operator, as the table of a lowering shows it.
+        unit: of a float result, what one unit of the integer sums is worth, per output channel.
+    """
+
+    kernel: str
+    unit: Tensor | float = 1.0
+
+    def extra_repr(self) -> str:
+        return self.kernel
+
+
+# ---- onednn, on plain uint8 -------------------------------------------------------------------------------
+
+
+class OnednnLayer(Kernel):
+    """A convolution or a linear layer: uint8 codes to uint8 codes, or to float32 where ``exit_`` is None.
+
+    Args:
+        layer, entry, rescale: of the reference graph.
+        exit_: the grid of the result; None leaves it float32.
+        activation: a post-operation besides ReLU, as (name, scalars, algorithm) of the operator.
+        addend: grid of the codes that are added before rounding, the second argument of ``forward``.
+        relu_after: ReLU after that addition.
+        overwrite: whether the addend's memory may take the result.
+        exportable: pack the weight in the graph, where a compiler folds it, not ahead.
+    """
+
+    def __init__(
+        self,
+        layer: IntegerConv2d | IntegerLinear,
+        entry: Quantize,
+        rescale: Rescale,
+        exit_: Quantize | None = None,
+        *,
+        activation: tuple[str, list, str] | None = None,
+        addend: Dequantize | None = None,
+        relu_after: bool = False,
+        overwrite: bool = False,
+        exportable: bool = False,
+    ):
+        super().__init__()
+        convolution = isinstance(layer, IntegerConv2d)
+        self.kernel = "onednn.qconv_pointwise" if convolution else "onednn.qlinear_pointwise"
+        self.convolution, self.overwrite = convolution, overwrite
+        self.in_grid = float(entry.scale), int(entry.zero_point)
+        sum_scale = rescale.scale.to(torch.float64)
+        self.register_buffer("weight_scale", (sum_scale / self.in_grid[0]).to(torch.float32))
+        self.register_buffer("weight_zero", torch.zeros_like(rescale.scale, dtype=torch.int32))
+        self.register_buffer("bias", (layer.bias.to(torch.float64) * sum_scale).to(torch.float32))
+        self.register_buffer("weight", layer.weight.clone() if exportable else None)
+        self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups) if convolution else ()
+        self.packed = None if exportable else self._pack(layer.weight)
+        self.unit = sum_scale.reshape(-1, 1, 1) if convolution else sum_scale
+        self.add_grid = None if addend is None else (float(addend.scale), int(addend.zero_point))
+        relu = rescale.relu or relu_after
+        self.bounds, self.finish = None, None
+        if exit_ is None:
+            self.result = (1.0, 0, torch.float32)
+            self.post = ("none", [], "")
+            self.finish = (relu, rescale.ceiling) if relu else None
+        else:
+            scale, zero = float(exit_.scale), int(exit_.zero_point)
+            self.result = (scale, zero, torch.uint8)
+            lowest, highest = (exit_.quant_min - zero) * scale, (exit_.quant_max - zero) * scale
+            low = max(lowest, 0.0) if relu else lowest
+            high = highest if rescale.ceiling is None else min(highest, rescale.ceiling)
+            if activation is not None:
+                self.post = activation
+                self.bounds = (exit_.quant_min, exit_.quant_max)
+            elif high < (255 - zero) * scale or low > max(-zero * scale, 0.0) or (low > -zero * scale and not relu):
+                self.post = ("hardtanh", [low, high], "")
+            else:
+                self.post = ("relu", [], "") if relu and zero > 0 else ("none", [], "")
+        if self.bounds == (0, 255):
+            self.bounds = None
+        self.kernel += "".join(f" + {part}" for part in (addend is not None and "sum", self._post_name()) if part)
+
+    def _post_name(self) -> str:
+        return "" if self.post[0] == "none" else self.post[0]
+
+    def __deepcopy__(self, memo: dict) -> OnednnLayer:
+        """torch cannot copy a packed weight; nothing writes to it, so copies share it."""
+        memo[id(self.packed)] = self.packed
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        if self.convolution:
+            return torch.ops.onednn.qconv_prepack(weight, self.weight_scale, *self.in_grid, *self.geometry)
+        return torch.ops.onednn.qlinear_prepack(weight, None)
+
+    def forward(self, codes: Tensor, addend: Tensor | None = None) -> Tensor:
+        packed = self.packed if self.packed is not None else self._pack(self.weight)
+        weight = (packed, self.weight_scale, self.weight_zero)
+        if addend is None:
+            if self.convolution:
+                out = torch.ops.onednn.qconv_pointwise.default(
+                    codes, *self.in_grid, *weight, self.bias, *self.geometry, *self.result, *self.post
+                )
+            else:
+                out = torch.ops.onednn.qlinear_pointwise.default(
+                    codes, *self.in_grid, *weight, self.bias, *self.result, *self.post
+                )
+        else:
+            if self.convolution:
+                addend = addend.contiguous(memory_format=torch.channels_last)
+            if not self.overwrite:
+                addend = addend.clone()
+            add = (*self.add_grid, "sum", 1.0, *self.post)
+            if self.convolution:
+                out = torch.ops.onednn.qconv2d_pointwise.binary(
+                    codes, *self.in_grid, *weight, addend, self.bias, *self.geometry, *self.result, *add
+                )
+            else:
+                out = torch.ops.onednn.qlinear_pointwise.binary(
+                    codes, *self.in_grid, *weight, addend, self.bias, *self.result, *add
+                )
+        if self.finish is not None:
+            out = activate(out, *self.finish)
+        return out if self.bounds is None else out.clamp_(*self.bounds)
+
+
+class ExactLinear(Kernel):
+    """uint8 codes to float32 through an exact int32 matrix product: the classifier keeps its full resolution."""
+
+    kernel = "aten._int_mm"
+
+    def __init__(self, layer: IntegerLinear, rescale: Rescale):
+        super().__init__()
+        weight = layer.weight.to(torch.int32)
+        # _int_mm multiplies int8 by int8: uint8 codes are shifted by 128, and the shift is taken out of the bias.
+        self.register_buffer("weight", layer.weight.t().contiguous())
+        self.register_buffer("bias", layer.bias + (128 - layer.input_zero_point) * weight.sum(1, dtype=torch.int32))
+        self.rescale = rescale
+        self.unit = rescale.scale.to(torch.float64)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        shifted = (codes.to(torch.int16) - 128).to(torch.int8)
+        sums = torch._int_mm(shifted.reshape(-1, shifted.shape[-1]), self.weight) + self.bias
+        return self.rescale(sums.reshape(*codes.shape[:-1], -1))
+
+
+class FastQuantize(Kernel):
+    """float32 to uint8 codes: those of :class:`fxquant.integer.Quantize`, bit for bit, in a third of its time."""
+
+    kernel = "aten (quantize)"
+
+    def __init__(self, exit_: Quantize):
+        super().__init__()
+        inverse = (1.0 / exit_.scale.to(torch.float32)).to(torch.float32)
+        self.inverse, self.zero = float(inverse), int(exit_.zero_point)
+        self.bounds = _ROUNDING + exit_.quant_min - self.zero, _ROUNDING + exit_.quant_max - self.zero
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._round(x * self.inverse)
+
+    def _round(self, steps: Tensor) -> Tensor:
+        """Codes of a tensor in units of steps, which it overwrites."""
+        codes = steps.add_(_ROUNDING).clamp_(*self.bounds).view(torch.int32).to(torch.uint8)
+        return codes.add_(self.zero) if self.zero else codes  # modulo 256, like the low byte it adds to
+
+
+class Requantize(FastQuantize):
+    """uint8 codes of one grid to those of another: the reference's dequantize and quantize, bit for bit."""
+
+    kernel = "aten (requantize)"
+
+    def __init__(self, entry: Dequantize, exit_: Quantize):
+        super().__init__(exit_)
+        self.entry_zero, self.scale = int(entry.zero_point), float(entry.scale)
+        self.same = _same_grid(entry, exit_) and (exit_.quant_min, exit_.quant_max) == (0, 255)
+        every_code = torch.arange(256, dtype=torch.uint8)
+        want = exit_(entry(every_code))
+        # One multiplication for two, where all 256 codes agree that it makes no difference.
+        self.factors = (self.scale * self.inverse,)
+        if not torch.equal(self.forward(every_code), want):
+            self.factors = (self.scale, self.inverse)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        if self.same:
+            return codes
+        steps = codes.to(torch.float32)
+        if self.entry_zero:
+            steps.sub_(self.entry_zero)
+        for factor in self.factors:
+            steps.mul_(factor)
+        return self._round(steps)
+
+
+class Concatenate(Kernel):
+    """Concatenation of codes that share a grid."""
+
+    kernel = "aten.cat"
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, *codes: Tensor) -> Tensor:
+        return torch.cat(codes, self.dim)
+
+
+class MaxPool2d(Kernel):
+    """Max pooling of codes, which is that of the values: the grid is monotone."""
+
+    kernel = "quantized.max_pool2d"
+
+    def __init__(self, pool: nn.MaxPool2d):
+        super().__init__()
+        pairs = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+        self.arguments = [list(p) if isinstance(p, (tuple, list)) else [p, p] for p in pairs]
+        self.ceil_mode = pool.ceil_mode
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return torch.ops.quantized.max_pool2d(codes, *self.arguments, self.ceil_mode)
+
+
+# ---- fbgemm and qnnpack, on quint8 ------------------------------------------------------------------------
+
+
+def _typed(codes: Tensor, grid: tuple[float, int]) -> Tensor:
+    """Plain uint8 codes as the quint8 tensor that torch's kernels take."""
+    return torch._make_per_tensor_quantized_tensor(codes, *grid)
+
+
+class _QuantizedKernel(Kernel):
+    def _take_exit(self, exit_: Quantize) -> None:
+        self.out_grid = float(exit_.scale), int(exit_.zero_point)
+        self.bounds = exit_.quant_min, exit_.quant_max
+
+    def _clamp(self, out: Tensor) -> Tensor:
+        codes = out.int_repr()
+        return codes if self.bounds == (0, 255) else codes.clamp_(*self.bounds)
+
+
+class QuantizedLayer(_QuantizedKernel):
+    """A convolution or a linear layer on the engine that is set while it is built."""
+
+    def __init__(self, layer: IntegerConv2d | IntegerLinear, entry: Quantize, rescale: Rescale, exit_: Quantize):
+        super().__init__()
+        self.in_grid = float(entry.scale), int(entry.zero_point)
+        self._take_exit(exit_)
+        if rescale.ceiling is not None:
+            # The grid is monotone: the code of the ceiling is the largest that anything below it can have.
+            lowest, highest = self.bounds
+            self.bounds = lowest, min(highest, int(exit_(exit_.scale.new_tensor([rescale.ceiling]))))
+        sum_scale = rescale.scale.to(torch.float64)
+        weight = torch._make_per_channel_quantized_tensor(
+            layer.weight, sum_scale / self.in_grid[0], torch.zeros_like(sum_scale, dtype=torch.int64), 0
+        )
+        bias = (layer.bias.to(torch.float64) * sum_scale).to(torch.float32)
+        if isinstance(layer, IntegerConv2d):
+            geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+            self.packed = torch.ops.quantized.conv2d_prepack(weight, bias, *geometry)
+            name = "conv2d"
+        else:
+            self.packed = torch.ops.quantized.linear_prepack(weight, bias)
+            name = "linear"
+        name += "_relu" if rescale.relu else ""
+        self.kernel = f"quantized.{name}"
+        self._op = getattr(torch.ops.quantized, name)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self._clamp(self._op(_typed(codes, self.in_grid), self.packed, *self.out_grid))
+
+
+class QuantizedAdd(_QuantizedKernel):
+    """Addition of two grids, and ReLU."""
+
+    def __init__(self, left: Dequantize, right: Dequantize, exit_: Quantize, relu: bool):
+        super().__init__()
+        self.left = float(left.scale), int(left.zero_point)
+        self.right = float(right.scale), int(right.zero_point)
+        self._take_exit(exit_)
+        self.kernel = "quantized.add_relu" if relu else "quantized.add"
+        self._op = torch.ops.quantized.add_relu if relu else torch.ops.quantized.add
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self._clamp(self._op(_typed(left, self.left), _typed(right, self.right), *self.out_grid))
+
+
+def _same_grid(a: Dequantize, b: Quantize | Dequantize) -> bool:
+    return bool(a.scale == b.scale) and bool(a.zero_point == b.zero_point)
