@@ -7,7 +7,10 @@ from torch.nn import functional as F
 
 import fxquant as fq
 from fxquant import cost
+from fxquant.pixels import read_cifar10
 from fxquant.timm import create_model, list_models, resolve_model_data_config
+
+from .conftest import needs_shared
 
 RULES = [
     fq.Rule("first|last", weight_bits=8, activation_bits=8),
@@ -86,3 +89,18 @@ def test_converted_and_lowered_it_computes_what_was_trained():
     with torch.no_grad():
         assert torch.equal(model(images), reference(images))
         assert (fq.lower(reference)(images).argmax(1) == reference(images).argmax(1)).all()
+
+
+@needs_shared("data/resnet20_cifar10_jpeg.pt", "data/cifar10-jpeg/test.tar")
+def test_the_shared_checkpoint_loads_strictly_and_is_as_accurate_as_it_says(shared):
+    model = create_model("resnet20").eval()
+    model.load_state_dict(torch.load(shared / "data/resnet20_cifar10_jpeg.pt", weights_only=True))
+    images, labels, classes = read_cifar10(shared / "data/cifar10-jpeg", parts=("test",))["test"]
+    assert (len(images), len(classes)) == (10_000, 10)
+    chosen = torch.arange(0, 10_000, 10)  # the file is sorted by class
+    config = resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        predicted = torch.cat([model((x.float() / 255 - mean) / std).argmax(1) for x in images[chosen].split(250)])
+    accuracy = 100 * (predicted == labels[chosen]).double().mean().item()
+    assert abs(accuracy - 88.4) < 2.5  # 2.5 standard deviations of 1,000 images; 88.42 on all
