@@ -31,7 +31,14 @@ class ModelSection(_Section):
 
     name: str
     pretrained: bool = True
+    checkpoint: str | None = Field(None, description="file of float weights (.pt, .safetensors), for pretrained ones")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
+
+    @model_validator(mode="after")
+    def _one_file(self) -> ModelSection:
+        if self.checkpoint is not None and "checkpoint_path" in self.options:
+            raise SpecError("model.checkpoint and model.options.checkpoint_path both name a file; keep the first")
+        return self
 
 
 _WITHOUT_EFFECT = {
