@@ -128,9 +128,9 @@ def stored_recipe(text: str, path: Path) -> Recipe:
 
 
 def _what_matters(recipe: str) -> dict[str, Any]:
-    """A recipe without where its images lie and how many processes read them: the run is the same."""
+    """A recipe without where its images lie and how they are read: the run is the same."""
     values = json.loads(recipe)
-    values["data"] = {k: v for k, v in values["data"].items() if k not in ("dir", "workers")}
+    values["data"] = {k: v for k, v in values["data"].items() if k not in ("dir", "cache", "workers")}
     return values
 
 

@@ -1,4 +1,4 @@
-"""Data sets a recipe can name: in memory (scikit-learn's digits), or anything that timm reads, from disk.
+"""Data sets a recipe can name: in memory (scikit-learn's digits, CIFAR-10), or anything that timm reads, from disk.
 
 Every loader is an iterable of (images [N, C, H, W] float32, labels [N] int64) whose order and augmentation depend on
 its seed and on its ``epoch`` alone, so that a resumed run sees what an uninterrupted one would have seen. (Streams,
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
 from .errors import EmptyDataError, FxQuantError, SpecError, UnknownNameError
+from .pixels import Augmentation, PixelBatches, kept_for_validation, read_cifar10
 
 _SPLIT_SEED = 0  # the held-out images are the same whatever the seed of a run
 _PLAIN_SEED = 1  # and so are those that calibrate
@@ -66,6 +67,9 @@ class Data(Protocol):
 
     def plain(self) -> Loader:
         """Training images as they are, in a fixed random order: for calibration and BatchNorm."""
+
+    def validation(self) -> Loader | None:
+        """Images kept from training, in order, to choose by; ``None`` where none are."""
 
     def test(self) -> Loader:
         """Held-out images, in order."""
@@ -151,6 +155,9 @@ def digits(image_size: int) -> ImageData:
 DATASETS: dict[str, Callable[[int], ImageData]] = {"digits": digits}
 """Data sets held in memory, by name."""
 
+CIFAR10 = "cifar10"
+"""The data set of :class:`CifarData`, by name."""
+
 TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
 """What timm's ``create_dataset`` reads besides folders: ``torch/cifar10``, ``hfds/...`` and so on."""
 
@@ -173,8 +180,9 @@ def check_name(name: str) -> str:
         UnknownNameError: with the nearest names.
     """
     prefix, slash, rest = name.partition("/")
-    if name not in (*DATASETS, "folder") and not (slash and rest and prefix in TIMM_PREFIXES):
-        raise UnknownNameError("data set", name, [*DATASETS, "folder", *(f"{p}/..." for p in TIMM_PREFIXES)])
+    own = (*DATASETS, CIFAR10, "folder")
+    if name not in own and not (slash and rest and prefix in TIMM_PREFIXES):
+        raise UnknownNameError("data set", name, [*own, *(f"{p}/..." for p in TIMM_PREFIXES)])
     return name
 
 
@@ -200,8 +208,82 @@ class TensorData:
         order = torch.randperm(len(images.train_images), generator=torch.Generator().manual_seed(_PLAIN_SEED))
         return Batches(images.train_images[order], images.train_labels[order], self.batch_size)
 
+    def validation(self) -> None:
+        return None
+
     def test(self) -> Batches:
         return Batches(self.images.test_images, self.images.test_labels, _EVAL_BATCH)
+
+
+class CifarData:
+    """CIFAR-10, decoded once and kept in memory as bytes; see :mod:`fxquant.pixels`.
+
+    Args:
+        root: folder in one of the forms of :func:`fxquant.pixels.read_cifar10`.
+        config: mean and std as of ``timm.data.resolve_model_data_config``.
+        batch_size: images a batch.
+        augmentation: of training.
+        validation: how many training images are kept from training, evenly by class; which, no seed changes.
+        plain_batches: how many batches calibrate and re-estimate BatchNorm.
+        test_images: how many held-out images are used; all when None.
+        cache: folder that keeps decoded images for the next run, if any.
+
+    Raises:
+        FxQuantError: as :func:`fxquant.pixels.read_cifar10` does, and for a model of grey images.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        config: Mapping[str, Any],
+        *,
+        batch_size: int,
+        augmentation: Augmentation,
+        validation: int,
+        plain_batches: int,
+        test_images: int | None,
+        cache: Path | None,
+    ):
+        if config["input_size"][0] != 3:
+            raise FxQuantError(
+                f"CIFAR-10's images have three channels, the model takes {config['input_size'][0]}; set "
+                "model.options.in_chans = 3"
+            )
+        self.batch_size, self.augmentation, self.plain_batches = batch_size, augmentation, plain_batches
+        self.normalisation = {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
+        parts = read_cifar10(root, cache)
+        self.train_pixels, self.test_pixels = parts["train"], parts["test"]
+        kept = kept_for_validation(self.train_pixels.labels, validation, _SPLIT_SEED)
+        self.trained, self.kept = (~kept).nonzero().flatten(), kept.nonzero().flatten()
+        tested = len(self.test_pixels.labels)
+        self.tested = torch.arange(tested)
+        if test_images is not None:
+            self.tested = torch.randperm(tested, generator=torch.Generator().manual_seed(_SPLIT_SEED))[:test_images]
+        self.classes = len(self.train_pixels.classes)
+        ((self.example, _),) = PixelBatches(self.train_pixels, self.trained[:1], 1, **self.normalisation)
+
+    def train(self, seed: int) -> PixelBatches:
+        return PixelBatches(
+            self.train_pixels,
+            self.trained,
+            self.batch_size,
+            **self.normalisation,
+            seed=seed,
+            augmentation=self.augmentation,
+        )
+
+    def plain(self) -> PixelBatches:
+        order = torch.randperm(len(self.trained), generator=torch.Generator().manual_seed(_PLAIN_SEED))
+        chosen = self.trained[order[: self.plain_batches * self.batch_size]]
+        return PixelBatches(self.train_pixels, chosen, self.batch_size, **self.normalisation)
+
+    def validation(self) -> PixelBatches | None:
+        if not len(self.kept):
+            return None
+        return PixelBatches(self.train_pixels, self.kept, _EVAL_BATCH, **self.normalisation)
+
+    def test(self) -> PixelBatches:
+        return PixelBatches(self.test_pixels, self.tested, _EVAL_BATCH, **self.normalisation)
 
 
 class TimmData:
@@ -275,6 +357,9 @@ class TimmData:
         wanted = self.plain_batches * self.batch_size
         return _Streamed(_some(self.plain_set, wanted, _PLAIN_SEED), self.batch_size, self.workers, wanted)
 
+    def validation(self) -> None:
+        return None
+
     def test(self) -> Loader:
         wanted = self.test_images
         chosen = self.test_set if wanted is None else _some(self.test_set, wanted, _SPLIT_SEED)
@@ -312,15 +397,25 @@ class TimmData:
 
 
 def open_data(
-    *, name: str, dir: str | None, image_size: int | None, shift: int, config: Mapping[str, Any], **options
+    *,
+    name: str,
+    dir: str | None,
+    image_size: int | None,
+    shift: int,
+    config: Mapping[str, Any],
+    flip: bool = False,
+    validation: int = 0,
+    cache: str | None = None,
+    **options,
 ) -> Data:
     """The data set of a recipe's ``[data]`` section.
 
     Args:
-        name, image_size: see :class:`TimmData` and :data:`DATASETS`.
+        name, image_size: see :class:`TimmData`, :data:`CIFAR10` and :data:`DATASETS`.
         dir: folder of a data set that is read from disk.
-        shift: see :class:`Batches`; for data in memory.
+        shift: see :class:`Batches` and :class:`fxquant.pixels.Augmentation`; for data in memory.
         config: how the model wants its images (timm's data config).
+        flip, validation, cache: see :class:`CifarData`.
         options: the other arguments of :class:`TimmData`.
 
     Raises:
@@ -333,6 +428,17 @@ def open_data(
     root = Path(dir).expanduser()
     if not root.is_dir():
         raise FxQuantError(f"data.dir = {dir!r} is not a folder; give the one that holds the data set {name!r}")
+    if name == CIFAR10:
+        return CifarData(
+            root,
+            config,
+            batch_size=options["batch_size"],
+            augmentation=Augmentation(shift, flip),
+            validation=validation,
+            plain_batches=options["plain_batches"],
+            test_images=options["test_images"],
+            cache=None if cache is None else Path(cache).expanduser(),
+        )
     return TimmData(name, root, config, image_size=image_size, **options)
 
 

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .data import DATASETS, check_name
+from .data import CIFAR10, DATASETS, check_name
 from .errors import FxQuantError, SpecError, UnknownNameError, did_you_mean
 from .loss import DISTILLATIONS
+from .pixels import SIZE
 from .spec import Budget, Rule, check_options, get_backend
 
 
@@ -30,17 +31,34 @@ class ModelSection(_Section):
 
     name: str
     pretrained: bool = True
+    checkpoint: str | None = Field(None, description="file of float weights (.pt, .safetensors), for pretrained ones")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
+
+    @model_validator(mode="after")
+    def _one_file(self) -> ModelSection:
+        if self.checkpoint is not None and "checkpoint_path" in self.options:
+            raise SpecError("model.checkpoint and model.options.checkpoint_path both name a file; keep the first")
+        return self
+
+
+_WITHOUT_EFFECT = {
+    "memory": ("dir", "splits", "augmentation", "plain_batches", "test_images", "flip", "validation", "cache"),
+    CIFAR10: ("splits", "augmentation"),
+    "disk": ("shift", "flip", "validation", "cache"),
+}
 
 
 class DataSection(_Section):
     """``[data]``: what it trains on; see :class:`fxquant.data.TimmData`."""
 
-    name: str = Field("folder", description="digits, folder, or what timm reads: torch/cifar10, hfds/..., tfds/...")
+    name: str = Field("folder", description="digits, cifar10, folder, or what timm reads: hfds/..., tfds/...")
     dir: str | None = Field(None, description="folder that holds it, for all but digits")
     image_size: int | None = Field(None, gt=0, description="the model's own when not given")
     batch_size: int = Field(64, gt=0)
-    shift: int = Field(0, ge=0, description="digits: pixels by which training images are moved at random")
+    shift: int = Field(0, ge=0, description="digits, cifar10: pixels by which training images are moved at random")
+    flip: bool = Field(False, description="cifar10: whether training images are mirrored at random")
+    validation: int = Field(0, ge=0, description="cifar10: training images kept from training, evenly by class")
+    cache: str | None = Field(None, description="cifar10: folder that keeps decoded images for the next run")
     workers: int = Field(4, ge=0, description="processes that read images")
     splits: tuple[str, str] = Field(("train", "validation"), description="the part to train on, the part held out")
     augmentation: dict[str, Any] = Field(default_factory=dict, description="arguments of timm's create_transform")
@@ -54,11 +72,13 @@ class DataSection(_Section):
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> DataSection:
-        memory = self.name in DATASETS
-        for key in ("dir", "splits", "augmentation", "plain_batches", "test_images") if memory else ("shift",):
+        kind = "memory" if self.name in DATASETS else CIFAR10 if self.name == CIFAR10 else "disk"
+        for key in _WITHOUT_EFFECT[kind]:
             if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
-                where = "is in memory" if memory else "is read from disk"
+                where = {"memory": "is in memory", "disk": "is read from disk"}.get(kind, "is read whole")
                 raise SpecError(f"data.{key} does nothing for the data set {self.name!r}, which {where}; leave it out")
+        if kind == CIFAR10 and self.image_size not in (None, SIZE):
+            raise SpecError(f"data.image_size={self.image_size} was asked for; the images of cifar10 stay at {SIZE}")
         return self
 
 

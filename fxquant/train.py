@@ -368,18 +368,40 @@ def build_model(recipe: Recipe) -> nn.Module:
     if recipe.model.name.split(".")[0] not in names:
         raise UnknownNameError("timm model", recipe.model.name, names)
     section = recipe.model
-    loads = section.pretrained or "checkpoint_path" in section.options
+    pretrained = section.pretrained and section.checkpoint is None
+    loads = pretrained or "checkpoint_path" in section.options
     try:
-        return timm.create_model(section.name, pretrained=section.pretrained, **section.options)
+        model = timm.create_model(section.name, pretrained=pretrained, **section.options)
     except Exception as error:  # whatever the model's own code makes of its arguments
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = _in_short(error)
         if loads and not isinstance(error, (TypeError, ValueError, AssertionError)):
             raise FxQuantError(
                 f"the weights of {section.name} cannot be loaded ({reason}). Pretrained ones come over the "
-                "network once; weights in a file are taken with model.pretrained = false and "
-                "model.options.checkpoint_path = FILE"
+                "network once, where there are any; weights in a file are taken with model.checkpoint = FILE"
             ) from error
         raise FxQuantError(f"timm cannot build {section.name} with {section.options} ({reason})") from error
+    if section.checkpoint is not None:
+        _load_weights(model, section.name, Path(section.checkpoint).expanduser())
+    return model
+
+
+def _load_weights(model: nn.Module, name: str, path: Path) -> None:
+    """Load a file of weights strictly, without running anything that may be in it."""
+    from . import timm
+
+    if not path.is_file():
+        raise FxQuantError(f"model.checkpoint = {str(path)!r} is no file; give one with the weights of {name}")
+    try:
+        timm.load_checkpoint(model, str(path), strict=True, weights_only=True)
+    except Exception as error:  # whatever a damaged or foreign file makes the readers stumble over
+        raise FxQuantError(
+            f"the weights of {name} cannot be loaded from model.checkpoint = {str(path)!r} ({_in_short(error)}). "
+            "It takes a state dict of the same model, written by torch.save or safetensors"
+        ) from error
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def make_optimizer(groups: list[dict], name: str) -> torch.optim.Optimizer:
@@ -462,7 +484,7 @@ def _model_and_data(recipe: Recipe) -> tuple[nn.Module, Data]:
     from . import timm
 
     bare = {key: value for key, value in recipe.model.options.items() if key != "checkpoint_path"}
-    section = recipe.model.model_copy(update={"pretrained": False, "options": bare})
+    section = recipe.model.model_copy(update={"pretrained": False, "checkpoint": None, "options": bare})
     model = build_model(recipe.model_copy(update={"model": section}))
     return model, open_data(**recipe.data.model_dump(), config=timm.resolve_model_data_config(model))
 

@@ -14,6 +14,14 @@ import fxquant.timm  # noqa: F401 - makes torchvision importable next to a CPU b
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
+SHARED = ROOT.parent / "shared"  # data and checkpoints that lie beside the repository on some machines
+
+
+def needs_shared(*files: str) -> pytest.MarkDecorator:
+    """Skips a test where one of these files of the folder ``shared`` beside the repository is not there."""
+    missing = [name for name in files if not (SHARED / name).is_file()]
+    return pytest.mark.skipif(bool(missing), reason=f"../shared has no {', '.join(missing)}")
+
 
 settings.register_profile(
     "fxquant", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow], derandomize=True
@@ -24,6 +32,11 @@ settings.load_profile("fxquant")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    return SHARED
 
 
 @pytest.fixture(scope="session")

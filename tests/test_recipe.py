@@ -50,6 +50,39 @@ def test_what_does_nothing_for_a_data_set_is_refused(override):
         load_recipe(RECIPES / "resnet18_imagenet_w4a4_pege.toml", ["data.shift=1"])
 
 
+@pytest.mark.parametrize("override", ["data.splits=['a', 'b']", "data.augmentation={hflip=0}"])
+def test_what_does_nothing_for_cifar10_is_refused(override):
+    with pytest.raises(RecipeError, match=r"data\.\w+ does nothing for the data set 'cifar10', which is read whole"):
+        load_recipe(RECIPES / "resnet20_cifar10_w4a4_lsq.toml", [override])
+    with pytest.raises(RecipeError, match=r"data\.image_size=64 was asked for; the images of cifar10 stay at 32"):
+        load_recipe(RECIPES / "resnet20_cifar10_w4a4_lsq.toml", ["data.image_size=64"])
+
+
+@pytest.mark.parametrize("override", ["data.flip=true", "data.validation=5", "data.cache='x'"])
+@pytest.mark.parametrize("name", ["digits_w4a4_pege", "resnet18_imagenet_w4a4_pege"])
+def test_what_cifar10_alone_takes_is_refused_elsewhere(name, override):
+    with pytest.raises(RecipeError, match=r"data\.\w+ does nothing for the data set '(digits|folder)'"):
+        load_recipe(RECIPES / f"{name}.toml", [override])
+
+
+@pytest.mark.parametrize("estimator", ["lsq", "pege", "gdnsq", "nipq"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_recipes_of_resnet20(estimator, bits):
+    path = RECIPES / f"resnet20_cifar10_w{bits}a{bits}_{estimator}.toml"
+    recipe = load_recipe(path, ["data.dir=images", "model.checkpoint=weights.pt", "data.validation=5000"])
+    assert (recipe.model.name, recipe.model.checkpoint) == ("resnet20", "weights.pt")
+    assert (recipe.data.name, recipe.data.shift, recipe.data.flip, recipe.data.validation) == ("cifar10", 4, True, 5000)
+    rules = recipe.built_rules()
+    assert (rules[0].weight_bits, rules[-1].weight_bits, rules[-1].activation_bits) == (8, bits, bits)
+    assert {rule.estimator for rule in rules} == {estimator}
+
+
+def test_weights_are_named_once(tmp_path):
+    overrides = ["model.checkpoint=a.pt", "model.options={checkpoint_path='b.pt'}"]
+    with pytest.raises(RecipeError, match=r"model\.checkpoint and model\.options\.checkpoint_path both name a file"):
+        load_recipe(write(tmp_path, MINIMAL), overrides)
+
+
 def test_rules_of_w4a4():
     first_and_last, rest = load_recipe(RECIPES / "digits_w4a4_pege.toml").built_rules()
     assert (first_and_last.pattern, first_and_last.weight_bits, first_and_last.activation_bits) == ("first|last", 8, 8)

@@ -2,8 +2,11 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 import fxquant.timm
 from fxquant import checkpoint
@@ -263,8 +266,67 @@ def test_weights_come_from_a_file_or_it_is_said_that_they_cannot_be_loaded(image
 
     assert torch.equal(built("weights.pth").fc.weight, model.fc.weight)
     for file in ("missing.pth", "broken.pth"):
-        with pytest.raises(FxQuantError, match=r"weights of test_resnet cannot be loaded .*checkpoint_path = FILE"):
+        with pytest.raises(FxQuantError, match=r"weights of test_resnet cannot be loaded .*model\.checkpoint = FILE"):
             built(file)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_checkpoint_takes_the_place_of_pretrained_weights(suffix, tmp_path):
+    model, path = fxquant.timm.create_model("resnet20"), tmp_path / f"weights{suffix}"
+    save_file(model.state_dict(), path) if suffix == ".safetensors" else torch.save(model.state_dict(), path)
+    built = build_model(load_recipe(RECIPES / "resnet20_cifar10_w4a4_lsq.toml", [f"model.checkpoint='{path}'"]))
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in built.state_dict().items())
+
+
+def test_a_checkpoint_that_cannot_be_taken_is_said(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    torch.save({"state_dict": Code()}, tmp_path / "code.pt")
+    (tmp_path / "broken.pt").write_bytes(b"no weights")
+    torch.save(fxquant.timm.create_model("test_resnet").state_dict(), tmp_path / "other.pt")
+    weights = fxquant.timm.create_model("resnet20").state_dict()
+    torch.save({name: tensor for name, tensor in weights.items() if name != "linear.bias"}, tmp_path / "less.pt")
+    found = {
+        "code": "weights_only", "broken": "written by torch.save", "other": "conv1.weight", "less": "linear.bias",
+        "none": "is no file; give one with the weights of resnet20",
+    }  # fmt: skip
+    for name, words in found.items():
+        recipe = load_recipe(RECIPES / "resnet20_cifar10_w4a4_lsq.toml", [f"model.checkpoint='{tmp_path}/{name}.pt'"])
+        with pytest.raises(FxQuantError, match=rf"model\.checkpoint = .*{words}"):
+            build_model(recipe)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(FxQuantError, match=r"weights of resnet20 cannot be loaded .*model\.checkpoint = FILE"):
+        build_model(load_recipe(RECIPES / "resnet20_cifar10_w4a4_lsq.toml"))
+
+
+def test_resnet20_resumes_exactly_and_is_read_back_without_its_checkpoint(tmp_path):
+    """With crops and mirrored images, from a folder and a cache that may lie elsewhere by then."""
+    drawn = np.random.default_rng(0)
+    for part, each in (("train", 6), ("test", 2)):
+        for label in "abc":
+            (tmp_path / "images" / part / label).mkdir(parents=True)
+            for index in range(each):
+                pixels = drawn.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / part / label / f"{index}.png")
+    weights = tmp_path / "weights.pt"
+    torch.save(fxquant.timm.create_model("resnet20", num_classes=3).state_dict(), weights)
+    overrides = ["model.options.num_classes=3", f"model.checkpoint='{weights}'", f"data.dir='{tmp_path / 'images'}'"]
+    overrides += ["data.batch_size=4", "data.plain_batches=2", "data.validation=3", "train.epochs=2"]
+    overrides += ["quantization.lower=[]"]
+    path = RECIPES / "resnet20_cifar10_w4a4_pege.toml"
+    whole = run(load_recipe(path, overrides), tmp_path / "whole")
+    assert whole.report.reference_equals_fake_quant
+    assert len(whole.result["layers"]) == 20
+    with pytest.raises(KeyboardInterrupt):
+        run(load_recipe(path, overrides), tmp_path / "cut", progress=Cut("quantized", 4))
+    cached = [*overrides, f"data.cache='{tmp_path / 'cache'}'"]
+    resumed = run(load_recipe(path, cached), tmp_path / "cut", resume=True)
+    assert all(torch.equal(t, resumed.reference.state_dict()[n]) for n, t in whole.reference.state_dict().items())
+    weights.unlink()
+    loaded = load_run(tmp_path / "whole").reference.state_dict()
+    assert all(torch.equal(t, loaded[n]) for n, t in whole.reference.state_dict().items())
 
 
 def test_pretrained_weights_that_cannot_be_had_are_said_so(image_folder, monkeypatch):
