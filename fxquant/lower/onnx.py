@@ -4,8 +4,10 @@ What runtimes fuse into integer kernels, and what they compute wrongly or slowly
 
 * zero-points are explicit inputs, activations uint8;
 * an activation below 8 bits is clipped as uint8, between Quantize and Dequantize: a float Clip there does not fuse;
-* weights of up to 4 bits are INT4 initializers, cast to INT8 before their DequantizeLinear: the runtime folds the cast,
-  and the file has the true size;
+* weights of 3 and 4 bits are INT4 initializers, cast to INT8 before their DequantizeLinear: runtimes fold the cast, and
+  the file has the true size;
+* weights of 1 and 2 bits are bytes, each looked up (Gather) as the 8 or 4 codes it holds: runtimes fold that too.
+  ONNX's own INT2 is there only when asked for: OpenVINO does not read it;
 * biases are int32 at the scale of the sums.
 
 onnxruntime requantizes by one float32 multiplier, ``s_x * s_w / s_y``, where the reference multiplies by ``s_x * s_w``
@@ -19,20 +21,22 @@ import importlib.util
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .. import grid
-from ..errors import FxQuantError, SpecError
+from ..errors import FxQuantError, SpecError, UnknownNameError
 from ..files import write_whole
 from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
 from ..prepare import prepared_info
 
-OPSET = 21
+OPSET, OPSET_INT2 = 21, 25
+TWO_BIT_FORMS = ("bytes", "int2")
 
 
-def export_onnx(reference: fx.GraphModule, path: str | Path) -> None:
+def export_onnx(reference: fx.GraphModule, path: str | Path, *, two_bit: str = "bytes") -> None:
     """Write a reference graph as ONNX, opset 21, checked, with a dynamic batch; whole or not at all.
 
     The graph has one input, ``images`` [N, C, H, W] float32, and one output, ``logits``.
@@ -40,16 +44,24 @@ def export_onnx(reference: fx.GraphModule, path: str | Path) -> None:
     Args:
         reference: from :func:`fxquant.convert` or :func:`fxquant.load`; not modified.
         path: by custom with the suffix ``.onnx``.
+        two_bit: how weights of 1 and 2 bits are stored: as ``bytes`` of 8 and 4 codes, which onnxruntime and OpenVINO
+            read; or both as ONNX's ``int2``, at opset 25 where there are any, which of the two only onnxruntime reads.
 
     Raises:
+        UnknownNameError: another ``two_bit``.
         SpecError: for a model that is no reference graph.
-        FxQuantError: where onnx or onnxscript is not installed, or torch cannot export a float operator of the model.
+        FxQuantError: where onnx or onnxscript is not installed or too old, or torch cannot export a float operator of
+            the model.
         OutputFolderError: where it cannot be written.
     """
+    if two_bit not in TWO_BIT_FORMS:
+        raise UnknownNameError("two_bit", two_bit, TWO_BIT_FORMS)
     info = prepared_info(reference)
     require_packages("onnx", "onnxscript")
     import onnx
 
+    if two_bit == "int2" and not hasattr(onnx.TensorProto, "INT2"):
+        raise FxQuantError(f"two_bit='int2' needs a newer onnx than {onnx.__version__}; upgrade it, or take 'bytes'")
     if not any(isinstance(m, (IntegerConv2d, IntegerLinear)) for m in reference.modules()):
         raise SpecError(
             f"export_onnx was given a {type(reference).__name__} without integer layers; give it what "
@@ -72,7 +84,8 @@ def export_onnx(reference: fx.GraphModule, path: str | Path) -> None:
             )
     except Exception as error:  # whatever an operator that ONNX has no form for makes of the exporter
         raise FxQuantError(f"torch cannot export this model to ONNX: {str(error).splitlines()[0]}") from error
-    model = _narrow_weights(program.model_proto)
+    model = program.model_proto
+    _narrow_weights(model, two_bit)
     onnx.checker.check_model(model, full_check=True)
     content = model.SerializeToString()
     write_whole(Path(path), lambda p: p.write_bytes(content))
@@ -205,24 +218,84 @@ class _Activate(nn.Module):
         return F.relu(x) if self.ceiling is None else F.hardtanh(x, 0.0, self.ceiling)  # clamp(0, 6) fails to export
 
 
-def _narrow_weights(model):
-    """Initializers of weights that 4 bits hold, from INT8 to INT4 with a Cast after them."""
-    from onnx import TensorProto, helper, numpy_helper
+def _narrow_weights(model, two_bit: str) -> None:
+    """Initializers of weights that 4 bits hold, from INT8 to what is as narrow, with nodes after it that widen it."""
+    from onnx import TensorProto, numpy_helper
 
     graph = model.graph
     weights = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
-    for initializer in list(graph.initializer):
+    initializers, nodes = [], []
+    for initializer in graph.initializer:
         if initializer.name not in weights or initializer.data_type != TensorProto.INT8:
+            initializers.append(initializer)
             continue
-        values = numpy_helper.to_array(initializer)
-        if grid.symmetric_bits(torch.from_numpy(values.copy())) > 4:
+        codes = torch.from_numpy(numpy_helper.to_array(initializer).copy())
+        bits = grid.symmetric_bits(codes)
+        if bits > 4:
+            initializers.append(initializer)
             continue
-        narrow, wide = f"{initializer.name}_int4", initializer.name
-        nibbles = values.reshape(-1).astype("uint8") & 15
-        packed, high = nibbles[0::2].copy(), nibbles[1::2]
-        packed[: len(high)] |= high << 4
-        tensor = helper.make_tensor(narrow, TensorProto.INT4, initializer.dims, packed.tobytes(), raw=True)
-        graph.initializer.remove(initializer)
-        graph.initializer.append(tensor)
-        graph.node.insert(0, helper.make_node("Cast", [narrow], [wide], f"{wide}_cast", to=TensorProto.INT8))
-    return model
+        if bits > 2 or two_bit == "int2":
+            narrow, widening = _in_a_narrow_type(initializer.name, codes, 4 if bits > 2 else 2)
+        else:
+            narrow, widening = _in_bytes(initializer.name, codes, bits)
+        initializers += [i for i in narrow if i.name not in {known.name for known in initializers}]
+        nodes += widening
+    if any(two_bit == "int2" and initializer.data_type == TensorProto.INT2 for initializer in initializers):
+        _set_opset(model, OPSET_INT2)
+    del graph.initializer[:]
+    graph.initializer.extend(initializers)
+    nodes.extend(graph.node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _in_a_narrow_type(name: str, codes: Tensor, bits: int):
+    """(initializers, nodes) that give ``codes`` under ``name`` from ONNX's INT4 or INT2, in two's complement."""
+    from onnx import TensorProto, helper
+
+    narrow, each = f"{name}_int{bits}", 8 // bits
+    digits = codes.numpy().reshape(-1).astype("uint8") & (2**bits - 1)
+    digits = np.pad(digits, (0, -len(digits) % each)).reshape(-1, each)
+    packed = np.bitwise_or.reduce(digits << (np.arange(each, dtype=np.uint8) * bits), axis=1)
+    kind = getattr(TensorProto, f"INT{bits}")
+    tensor = helper.make_tensor(narrow, kind, codes.shape, packed.tobytes(), raw=True)
+    return [tensor], [helper.make_node("Cast", [narrow], [name], f"{name}_cast", to=TensorProto.INT8)]
+
+
+def _in_bytes(name: str, codes: Tensor, bits: int):
+    """(initializers, nodes) that give ``codes`` under ``name`` from the stream of :func:`grid.pack`, byte by byte."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    low, _ = grid.bounds(bits, "symmetric")
+    each = 8 // bits
+    digits = (np.arange(256)[:, None] >> (np.arange(each) * bits)) & (2**bits - 1)
+    constants = {
+        f"codes_of_a_byte_{bits}": (digits * (2 if bits == 1 else 1) + low).astype(np.int8),  # [256, each]
+        "flat": np.array([-1]),
+        "start": np.array([0]),
+        f"{name}_bytes": grid.pack(codes, bits).numpy(),
+        f"{name}_count": np.array([codes.numel()]),
+        f"{name}_shape": np.array(codes.shape),
+    }
+    table, flat, start, packed, count, shape = constants
+    steps = (
+        ("Cast", [packed], "indices", {"to": TensorProto.INT32}),
+        ("Gather", [table, f"{name}_indices"], "gathered", {"axis": 0}),
+        ("Reshape", [f"{name}_gathered", flat], "padded", {}),
+        ("Slice", [f"{name}_padded", start, count], "sliced", {}),  # without the bits that fill the last byte
+    )
+    nodes = [
+        helper.make_node(kind, inputs, [f"{name}_{out}"], f"{name}_{out}", **how) for kind, inputs, out, how in steps
+    ]
+    nodes.append(helper.make_node("Reshape", [f"{name}_sliced", shape], [name], f"{name}_reshape"))
+    return [numpy_helper.from_array(array, key) for key, array in constants.items()], nodes
+
+
+def _set_opset(model, version: int) -> None:
+    """Between 21 and 25, ONNX's operators gained types and options, and changed nothing that was."""
+    from onnx import helper
+
+    for entry in model.opset_import:
+        if entry.domain == "":
+            entry.version = version
+    model.ir_version = max(model.ir_version, helper.find_min_ir_version_for(model.opset_import))
