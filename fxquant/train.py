@@ -347,11 +347,17 @@ class _Run:
         }
 
 
-def lower_to(reference: fx.GraphModule, backend: str, onnx_file: Path) -> fx.GraphModule | onnx.OnnxModel:
-    """The reference on a backend: lowered, or in a runtime that reads ``onnx_file``, which is written then."""
+def lower_to(
+    reference: fx.GraphModule, backend: str, onnx_file: Path, *, weight_only_linear: bool = False
+) -> fx.GraphModule | onnx.OnnxModel:
+    """The reference on a backend: lowered, or in a runtime that reads ``onnx_file``, which is written then.
+
+    Args:
+        weight_only_linear: of :func:`fxquant.export_onnx`; where no file is written it says nothing.
+    """
     if not get_backend(backend).reads_onnx:
         return lower(reference, backend)
-    onnx.export_onnx(reference, onnx_file)
+    onnx.export_onnx(reference, onnx_file, weight_only_linear=weight_only_linear)
     return onnx.OnnxModel(onnx_file)
 
 

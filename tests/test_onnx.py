@@ -153,6 +153,53 @@ def kinds_after_optimization(file, tmp_path) -> Counter:
     return Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
 
 
+class Tokens(nn.Module):
+    """Linear layers on rows of an image and on vectors; one has 40 inputs, which is no whole number of blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix = nn.Conv2d(3, 48, 4, stride=4), nn.Linear(48, 64)
+        self.back, self.odd = nn.Linear(64, 40, bias=False), nn.Linear(40, 32)
+        self.wide, self.head = nn.Linear(32, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = self.odd(F.relu(self.back(F.gelu(self.mix(x))))).mean(1)
+        return self.head(F.relu(self.wide(x)))
+
+
+@pytest.mark.parametrize(("bits", "activation_bits"), [(4, 8), (2, 3)])
+def test_weight_only_linear(bits, activation_bits, tmp_path):
+    """onnxruntime multiplies by the narrow weights; numbers are the reference's but for float sums."""
+    x = torch.randn(8, 3, 16, 16)
+    prepared = fq.prepare(Tokens(), [fq.Rule("*", bits, activation_bits)], calibration=[x])
+    fq.freeze(prepared)
+    reference, file = fq.convert(prepared), tmp_path / "model.onnx"
+    fq.export_onnx(reference, file, weight_only_linear=True)
+    kinds = kinds_after_optimization(file, tmp_path)
+    assert kinds["MatMulNBits"] == 4
+    assert kinds["MatMul"] + kinds["Gemm"] + kinds["FusedGemm"] == 0
+    model = onnx.load(file)
+    onnx.checker.check_model(model, full_check=True)
+    blocked = {n.input[0] for n in model.graph.node if any(a.name == "block_size" for a in n.attribute)}
+    weights = [i for i in model.graph.initializer if i.name in blocked]
+    assert {i.data_type for i in weights} == {onnx.TensorProto.INT4}
+    assert sum(len(i.raw_data) for i in weights) == (48 * 64 + 64 * 40 + 32 * 16 + 16 * 5) // 2
+    runs = fq.OnnxModel(file, threads=1)
+    for count in (1, 8, 17):
+        images = torch.randn(count, 3, 16, 16)
+        want, got = reference(images), runs(images)
+        # A float sum next to a tie may end on its other side: few codes of few inputs of the last layer.
+        assert (got - want).abs().max() <= float(reference.head_rescale.scale.max()) * 2**bits
+        assert float((got - want).abs().median()) <= 1e-5 * float(want.abs().max())
+
+
+def test_weight_only_needs_a_linear_that_fits(tmp_path):
+    reference = reference_of(TinyResidual(), torch.randn(4, 3, 16, 16), 8)
+    with pytest.raises(SpecError, match=r"weight_only_linear was asked for, but no Linear.*4 bits.*leave it out"):
+        fq.export_onnx(reference, tmp_path / "x.onnx", weight_only_linear=True)
+
+
 def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
     x = torch.randn(4, 3, 16, 16)
     prepared = fq.prepare(TinyResidual(), [fq.Rule("*", 4, 4)], calibration=[x])

@@ -34,9 +34,13 @@ from ..prepare import prepared_info
 
 OPSET, OPSET_INT2 = 21, 25
 TWO_BIT_FORMS = ("bytes", "int2")
+BLOCKS = (128, 64, 32, 16)
+"""How many inputs of a weight-only Linear may share a scale: what onnxruntime's kernel takes, fewest scales first."""
 
 
-def export_onnx(reference: fx.GraphModule, path: str | Path, *, two_bit: str = "bytes") -> None:
+def export_onnx(
+    reference: fx.GraphModule, path: str | Path, *, two_bit: str = "bytes", weight_only_linear: bool = False
+) -> None:
     """Write a reference graph as ONNX, opset 21, checked, with a dynamic batch; whole or not at all.
 
     The graph has one input, ``images`` [N, C, H, W] float32, and one output, ``logits``.
@@ -46,10 +50,14 @@ def export_onnx(reference: fx.GraphModule, path: str | Path, *, two_bit: str = "
         path: by custom with the suffix ``.onnx``.
         two_bit: how weights of 1 and 2 bits are stored: as ``bytes`` of 8 and 4 codes, which onnxruntime and OpenVINO
             read; or both as ONNX's ``int2``, at opset 25 where there are any, which of the two only onnxruntime reads.
+        weight_only_linear: write each Linear whose weights fit 4 bits, and whose inputs are whole blocks of 16, as a
+            float product with INT4 weights, which onnxruntime computes from the narrow weights (MatMulNBits): half the
+            memory, at the error of float sums, and slower than integers where the CPU has instructions for these.
+            Inputs are still rounded to the trained codes.
 
     Raises:
         UnknownNameError: another ``two_bit``.
-        SpecError: for a model that is no reference graph.
+        SpecError: for a model that is no reference graph, or ``weight_only_linear`` without such a Linear.
         FxQuantError: where onnx or onnxscript is not installed or too old, or torch cannot export a float operator of
             the model.
         OutputFolderError: where it cannot be written.
@@ -67,12 +75,17 @@ def export_onnx(reference: fx.GraphModule, path: str | Path, *, two_bit: str = "
             f"export_onnx was given a {type(reference).__name__} without integer layers; give it what "
             "fxquant.convert returns"
         )
+    if weight_only_linear and not any(map(_fits_weight_only, reference.modules())):
+        raise SpecError(
+            "weight_only_linear was asked for, but no Linear of this model has both weights of up to 4 bits and a "
+            f"multiple of {BLOCKS[-1]} inputs; leave it out"
+        )
     example = torch.randn(2, *info.input_shape, generator=torch.Generator().manual_seed(0))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's exporter, about its own inside
             program = torch.onnx.export(
-                _symbolic(reference),
+                _symbolic(reference, weight_only_linear),
                 (example,),
                 input_names=["images"],
                 output_names=["logits"],
@@ -108,6 +121,8 @@ class OnnxModel:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Its default for products with 4-bit weights rounds activations to 8 bits of its own.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
@@ -130,7 +145,7 @@ def require_packages(*names: str) -> None:
 # ---- the reference graph in ONNX's operators --------------------------------------------------------------
 
 
-def _symbolic(reference: fx.GraphModule) -> fx.GraphModule:
+def _symbolic(reference: fx.GraphModule, weight_only_linear: bool) -> fx.GraphModule:
     """A copy of the reference graph whose integer operators write themselves as ONNX's."""
     model = copy.deepcopy(reference)
     modules = dict(model.named_modules())
@@ -145,7 +160,11 @@ def _symbolic(reference: fx.GraphModule) -> fx.GraphModule:
             (layer,) = node.all_input_nodes
             (codes,) = layer.all_input_nodes
             entry = modules[codes.target]
-            forms[layer.target] = _Layer(modules[layer.target], entry, module)
+            if weight_only_linear and _fits_weight_only(modules[layer.target]):
+                forms[codes.target] = _FloatCodes(entry)
+                forms[layer.target] = _WeightOnlyLinear(modules[layer.target], entry, module)
+            else:
+                forms[layer.target] = _Layer(modules[layer.target], entry, module)
             forms[node.target] = _Activate(module)
     for name, form in forms.items():
         setattr(model, name, form)  # names of a reference graph's modules have no dots
@@ -207,6 +226,47 @@ class _Layer(nn.Module):
         return F.linear(x, weight, bias)
 
 
+def _fits_weight_only(layer: nn.Module) -> bool:
+    if not isinstance(layer, IntegerLinear) or layer.weight.shape[1] % BLOCKS[-1]:
+        return False
+    return grid.symmetric_bits(layer.weight) <= 4
+
+
+class _FloatCodes(nn.Module):
+    """The real numbers that the codes of ``x`` stand for, in float: narrow weights do not fuse after a Dequantize."""
+
+    def __init__(self, entry: Quantize):
+        super().__init__()
+        self.register_buffer("scale", entry.scale.clone())
+        self.register_buffer("reciprocal", 1.0 / entry.scale)
+        zero = int(entry.zero_point)
+        self.lowest, self.highest = float(entry.quant_min - zero), float(entry.quant_max - zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.round(x * self.reciprocal).clamp(self.lowest, self.highest) * self.scale
+
+
+class _WeightOnlyLinear(nn.Module):
+    """Real numbers times integer weights, which stay [inputs, outputs] of INT4 in the file, plus a real bias."""
+
+    def __init__(self, layer: IntegerLinear, entry: Quantize, rescale: Rescale):
+        super().__init__()
+        self.register_buffer("weight", layer.weight.t().contiguous())
+        self.block = next(block for block in BLOCKS if layer.weight.shape[1] % block == 0)
+        scale = (rescale.scale.to(torch.float64) / entry.scale.to(torch.float64)).to(torch.float32)
+        rows = layer.weight.shape[1] // self.block
+        self.register_buffer("weight_scale", scale.expand(rows, layer.weight.shape[0]).contiguous())
+        # Subtracted: onnxruntime makes a Gemm of a product and an addition, and that does not always keep the weights.
+        self.register_buffer("negative_bias", -(layer.bias.to(torch.float32) * rescale.scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        operands = (self.weight, self.weight_scale)
+        weight = _op("DequantizeLinear", operands, torch.float32, self.weight, axis=0, block_size=self.block)
+        shape = (*x.shape[:-1], weight.shape[-1])
+        product = torch.onnx.ops.symbolic("MatMul", (x, weight), dtype=torch.float32, shape=shape, version=OPSET)
+        return product - self.negative_bias
+
+
 class _Activate(nn.Module):
     def __init__(self, rescale: Rescale):
         super().__init__()
@@ -223,7 +283,7 @@ def _narrow_weights(model, two_bit: str) -> None:
     from onnx import TensorProto, numpy_helper
 
     graph = model.graph
-    weights = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    weights = {node.input[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
     initializers, nodes = [], []
     for initializer in graph.initializer:
         if initializer.name not in weights or initializer.data_type != TensorProto.INT8:
@@ -234,7 +294,11 @@ def _narrow_weights(model, two_bit: str) -> None:
         if bits > 4:
             initializers.append(initializer)
             continue
-        if bits > 2 or two_bit == "int2":
+        if any(attribute.name == "block_size" for attribute in weights[initializer.name].attribute):
+            # These the runtime computes with as they are, and it knows no Cast between.
+            narrow, widening = _in_a_narrow_type(initializer.name, codes, 4)
+            weights[initializer.name].input[0], widening = narrow[0].name, []
+        elif bits > 2 or two_bit == "int2":
             narrow, widening = _in_a_narrow_type(initializer.name, codes, 4 if bits > 2 else 2)
         else:
             narrow, widening = _in_bytes(initializer.name, codes, bits)
