@@ -123,10 +123,10 @@ def lower(
         Path,
         typer.Argument(metavar="CHECKPOINT", help="a finished run: its folder, model.fxq or checkpoint.pt"),
     ],
-    backend: Annotated[str, typer.Option(help="x86, onednn, fbgemm, qnnpack or onnxruntime")] = "x86",
+    backend: Annotated[str, typer.Option(help="x86, onednn, fbgemm, qnnpack, onnxruntime or openvino")] = "x86",
     output: Annotated[Path | None, typer.Option(help="write the outcome as JSON to this file")] = None,
     onnx: Annotated[
-        Path | None, typer.Option(help="where onnxruntime's file goes [default: model.onnx in the run]")
+        Path | None, typer.Option(help="where the runtime's file goes [default: model.onnx in the run]")
     ] = None,
     weight_only: Annotated[
         bool, typer.Option("--weight-only", help="in the file, linear layers of up to 4 bits multiply in float")

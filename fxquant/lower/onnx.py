@@ -1,4 +1,4 @@
-"""ONNX: the reference graph as one file of QuantizeLinear and DequantizeLinear, for onnxruntime.
+"""ONNX: the reference graph as one file of QuantizeLinear and DequantizeLinear, for onnxruntime and OpenVINO.
 
 What runtimes fuse into integer kernels, and what they compute wrongly or slowly, decides the form:
 
@@ -12,6 +12,9 @@ What runtimes fuse into integer kernels, and what they compute wrongly or slowly
 
 onnxruntime requantizes by one float32 multiplier, ``s_x * s_w / s_y``, where the reference multiplies by ``s_x * s_w``
 and then by ``1 / s_y``: about one code in a million lies so near a tie that the two round it apart, by one.
+
+OpenVINO drops the QuantizeLinear between a convolution and an addition when it fuses the two, so networks with residual
+sums differ there from what was trained.
 """
 
 from __future__ import annotations
@@ -135,11 +138,45 @@ class OnnxModel:
         return torch.from_numpy(logits)
 
 
+class OpenVinoModel:
+    """An ONNX file in OpenVINO, on the CPU: call it with images, get logits.
+
+    Args:
+        path: what :func:`export_onnx` wrote, its ``two_bit`` left at ``bytes``.
+        threads: of one inference; OpenVINO's own choice when None.
+
+    Raises:
+        FxQuantError: where OpenVINO is not installed, or does not take the file.
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None):
+        require_packages("openvino")
+        import openvino
+
+        # Its own choices would be bf16 for what is float, and activations of 8 bits before 4-bit weights.
+        config = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+        if threads is not None:
+            config["INFERENCE_NUM_THREADS"] = threads
+        core = openvino.Core()
+        try:
+            self.compiled = core.compile_model(core.read_model(str(path)), "CPU", config)
+        except RuntimeError as error:
+            raise FxQuantError(f"OpenVINO does not take {path}: {' '.join(str(error).split())[:300]}") from error
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.compiled([images.cpu().numpy()])["logits"])
+
+
+RUNTIMES = {"onnxruntime": OnnxModel, "openvino": OpenVinoModel}
+"""What reads the file, by the backend's name, which is also that of its package."""
+
+
 def require_packages(*names: str) -> None:
     """Raises :class:`FxQuantError` where a package that ONNX needs is not installed."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise FxQuantError(f"ONNX needs {' and '.join(missing)}, not installed here: pip install 'fxquant[onnx]'")
+        extra = "openvino" if "openvino" in names else "onnx"
+        raise FxQuantError(f"ONNX needs {' and '.join(missing)}, not installed here: pip install 'fxquant[{extra}]'")
 
 
 # ---- the reference graph in ONNX's operators --------------------------------------------------------------
