@@ -62,6 +62,25 @@ def test_openvino_agrees_where_there_is_no_residual_sum(model, bits, tmp_path):
     assert all(kernel.endswith("_I8") for kernel in layers)
 
 
+class LargeWindow(nn.Module):
+    """An average pooling as timm's ResNets have it, on an image of one row and three columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last, self.head = nn.Conv2d(3, 8, 3, (16, 6)), nn.Conv2d(8, 8, 1), nn.Linear(16, 5)
+        self.pool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
+
+    def forward(self, x):
+        return self.head(self.last(self.pool(F.relu(self.stem(x)))).flatten(1))
+
+
+def test_a_window_larger_than_the_image(tmp_path):
+    reference, images = reference_of(LargeWindow(), 4), torch.randn(16, 3, 16, 16)
+    runs = lower_to(reference, "openvino", tmp_path / "model.onnx")
+    for model in (runs, fq.OnnxModel(tmp_path / "model.onnx", threads=1)):
+        assert torch.allclose(model(images), reference(images), atol=1e-5)
+
+
 def test_weight_only_linear_in_openvino(tmp_path):
     """Its own rounding of activations to 8 bits is off."""
     reference = reference_of(Plain(), 4)

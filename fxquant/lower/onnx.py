@@ -101,6 +101,7 @@ def export_onnx(
     except Exception as error:  # whatever an operator that ONNX has no form for makes of the exporter
         raise FxQuantError(f"torch cannot export this model to ONNX: {str(error).splitlines()[0]}") from error
     model = program.model_proto
+    _fit_windows(model)
     _narrow_weights(model, two_bit)
     onnx.checker.check_model(model, full_check=True)
     content = model.SerializeToString()
@@ -313,6 +314,24 @@ class _Activate(nn.Module):
         if not self.relu:
             return x
         return F.relu(x) if self.ceiling is None else F.hardtanh(x, 0.0, self.ceiling)  # clamp(0, 6) fails to export
+
+
+def _fit_windows(model) -> None:
+    """Average poolings whose window exceeds the image (ceil_mode) get one that fits; OpenVINO takes no other.
+
+    The mean is over what lies inside the image, so it stays what it was.
+    """
+    shapes = {v.name: v.type.tensor_type.shape.dim for v in model.graph.value_info}
+    for node in model.graph.node:
+        if node.op_type != "AveragePool" or node.input[0] not in shapes:
+            continue
+        options = {attribute.name: attribute for attribute in node.attribute}
+        counts_padding = "count_include_pad" in options and options["count_include_pad"].i
+        if counts_padding or ("pads" in options and any(options["pads"].ints)):
+            continue
+        sizes = [dim.dim_value for dim in shapes[node.input[0]][2:]]
+        kernel = options["kernel_shape"].ints
+        kernel[:] = [min(width, size) if size else width for width, size in zip(kernel, sizes, strict=True)]
 
 
 def _narrow_weights(model, two_bit: str) -> None:
