@@ -9,7 +9,7 @@ The way through, in order:
 * ``convert`` - the reference integer graph, equal to the frozen model bit for bit.
 * ``lower`` - torch's integer kernels, each checked against the reference.
 * ``save``, ``load`` - the reference graph in a packed file, weights at their own 1 to 8 bits.
-* ``export_onnx``, ``OnnxModel`` - one ONNX file of the same integers, and onnxruntime on it.
+* ``export_onnx``, ``OnnxModel``, ``OpenVinoModel`` - one ONNX file of the same integers, and the runtimes on it.
 * ``verify`` - all of these compared on held-out images.
 * ``get_qat_qconfig``, ``get_qat_qconfig_mapping``, ``get_backend_config`` - for torch.ao's own ``prepare_qat_fx``.
 * ``FxQuantError`` - base of every error that fxquant raises on purpose.
@@ -21,7 +21,7 @@ from .errors import FxQuantError
 from .freeze import freeze
 from .loss import QATLoss
 from .lower import lower
-from .lower.onnx import OnnxModel, export_onnx
+from .lower.onnx import OnnxModel, OpenVinoModel, export_onnx
 from .lower.packed import load, save
 from .prepare import calibrate, prepare
 from .qconfig import get_backend_config, get_qat_qconfig, get_qat_qconfig_mapping
@@ -35,6 +35,7 @@ __all__ = [
     "Controller",
     "FxQuantError",
     "OnnxModel",
+    "OpenVinoModel",
     "QATLoss",
     "Rule",
     "calibrate",

@@ -123,21 +123,25 @@ def lower(
         Path,
         typer.Argument(metavar="CHECKPOINT", help="a finished run: its folder, model.fxq or checkpoint.pt"),
     ],
-    backend: Annotated[str, typer.Option(help="x86, onednn, fbgemm, qnnpack or onnxruntime")] = "x86",
+    backend: Annotated[str, typer.Option(help="x86, onednn, fbgemm, qnnpack, onnxruntime or openvino")] = "x86",
     output: Annotated[Path | None, typer.Option(help="write the outcome as JSON to this file")] = None,
     onnx: Annotated[
-        Path | None, typer.Option(help="where onnxruntime's file goes [default: model.onnx in the run]")
+        Path | None, typer.Option(help="where the runtime's file goes [default: model.onnx in the run]")
     ] = None,
+    weight_only: Annotated[
+        bool, typer.Option("--weight-only", help="in the file, linear layers of up to 4 bits multiply in float")
+    ] = False,
 ) -> None:
     """Put a finished run's integers on a backend's kernels, or in its file; verify on the held-out images."""
     from .train import load_run, lower_to
     from .verify import verify
 
-    if not get_backend(backend).reads_onnx and onnx is not None:
-        raise FxQuantError(f"--onnx {onnx} was given, but backend {backend!r} reads no file; leave it out")
+    if not get_backend(backend).reads_onnx and (onnx is not None or weight_only):
+        given = "--weight-only" if onnx is None else f"--onnx {onnx}"
+        raise FxQuantError(f"{given} was given, but backend {backend!r} reads no file; leave it out")
     loaded = load_run(source)
     file = onnx or (source if source.is_dir() else source.parent) / checkpoint.ONNX_MODEL
-    lowered = lower_to(loaded.reference, backend, file)
+    lowered = lower_to(loaded.reference, backend, file, weight_only_linear=weight_only)
     outcome = verify(None, loaded.reference, loaded.data.test(), lowered={backend: lowered})
     operators = lowered.meta["fxquant_lowered"] if isinstance(lowered, fx.GraphModule) else []
     if operators:

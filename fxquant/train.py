@@ -68,7 +68,7 @@ class RunOutcome:
     report: VerifyReport
     model: fx.GraphModule
     reference: fx.GraphModule
-    lowered: dict[str, fx.GraphModule | onnx.OnnxModel] = field(default_factory=dict)
+    lowered: dict[str, fx.GraphModule | onnx.OnnxModel | onnx.OpenVinoModel] = field(default_factory=dict)
 
 
 def run(recipe: Recipe, output: Path, *, resume: bool = False, progress: Progress | None = None) -> RunOutcome:
@@ -153,7 +153,7 @@ class _Run:
             make_optimizer(param_groups(model, 1e-3), name)
         for backend in self.recipe.quantization.lower:
             if get_backend(backend).reads_onnx:
-                onnx.require_packages("onnx", "onnxscript", "onnxruntime")
+                onnx.require_packages("onnx", "onnxscript", backend)
             else:
                 require_engine(backend)
         with torch.no_grad():
@@ -347,12 +347,18 @@ class _Run:
         }
 
 
-def lower_to(reference: fx.GraphModule, backend: str, onnx_file: Path) -> fx.GraphModule | onnx.OnnxModel:
-    """The reference on a backend: lowered, or in a runtime that reads ``onnx_file``, which is written then."""
+def lower_to(
+    reference: fx.GraphModule, backend: str, onnx_file: Path, *, weight_only_linear: bool = False
+) -> fx.GraphModule | onnx.OnnxModel | onnx.OpenVinoModel:
+    """The reference on a backend: lowered, or in a runtime that reads ``onnx_file``, which is written then.
+
+    Args:
+        weight_only_linear: of :func:`fxquant.export_onnx`; where no file is written it says nothing.
+    """
     if not get_backend(backend).reads_onnx:
         return lower(reference, backend)
-    onnx.export_onnx(reference, onnx_file)
-    return onnx.OnnxModel(onnx_file)
+    onnx.export_onnx(reference, onnx_file, weight_only_linear=weight_only_linear)
+    return onnx.RUNTIMES[backend](onnx_file)
 
 
 def build_model(recipe: Recipe) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from .convert import SOURCE
 from .errors import EmptyDataError, ParityError
 from .lower.native import REFERENCE, Recorder, _kernels
-from .lower.onnx import OnnxModel
+from .lower.onnx import OnnxModel, OpenVinoModel
 from .spec import get_backend
 
 
@@ -80,7 +80,7 @@ def verify(
     reference: fx.GraphModule,
     batches: Iterable,
     *,
-    lowered: dict[str, fx.GraphModule | OnnxModel] | None = None,
+    lowered: dict[str, fx.GraphModule | OnnxModel | OpenVinoModel] | None = None,
 ) -> VerifyReport:
     """Compare, on every image of ``batches``, the frozen model with its reference, and that with lowered models.
 
@@ -88,7 +88,7 @@ def verify(
         frozen: the model that trained, frozen; ``None`` compares the reference with lowered models only.
         reference: its :func:`fxquant.convert`.
         batches: image tensors, or (images, labels) tuples for accuracies.
-        lowered: models from :func:`fxquant.lower`, or :class:`fxquant.OnnxModel`, by backend.
+        lowered: models from :func:`fxquant.lower`, or :class:`fxquant.OnnxModel` or ``OpenVinoModel``, by backend.
 
     Raises:
         EmptyDataError: where there is no batch.

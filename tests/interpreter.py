@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from fxquant.integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
 
 _ADDITIONS = (operator.add, torch.add)
+_PRODUCTS = (operator.mul, torch.mul)
 _RELUS = (F.relu, torch.relu)
 
 
@@ -116,6 +117,8 @@ def _call(module: nn.Module, x: np.ndarray, real: bool) -> np.ndarray:
 def _operate(target, x, *rest) -> np.ndarray:
     if target in _ADDITIONS:
         return x + rest[0]
+    if target in _PRODUCTS:
+        return x * rest[0]
     if target in _RELUS:
         return np.maximum(x, 0)
     if target is F.hardswish:

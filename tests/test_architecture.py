@@ -73,8 +73,8 @@ def test_importing_fxquant_is_light():
 def test_public_api():
     assert fxquant.__all__ == sorted(fxquant.__all__)
     assert set(fxquant.__all__) == {
-        "Budget", "Controller", "FxQuantError", "OnnxModel", "QATLoss", "Rule", "calibrate", "convert", "export_onnx",
-        "freeze",
+        "Budget", "Controller", "FxQuantError", "OnnxModel", "OpenVinoModel", "QATLoss", "Rule", "calibrate", "convert",
+        "export_onnx", "freeze",
         "get_backend_config", "get_qat_qconfig",
         "get_qat_qconfig_mapping", "load", "lower", "param_groups", "prepare", "save", "verify",
     }  # fmt: skip

@@ -69,6 +69,14 @@ def test_lower_reads_the_run_back_and_agrees(short_run, tmp_path):
     assert outcome["argmax_agreement"] >= 99.9
 
 
+def test_what_is_said_of_a_file_needs_a_backend_that_reads_one(short_run, tmp_path):
+    for option in (("--weight-only",), ("--onnx", tmp_path / "x.onnx")):
+        done = fxquant("lower", short_run[1], "--backend", "x86", *option)
+        assert done.returncode == 2
+        assert f"{option[0]}" in done.stderr
+        assert "backend 'x86' reads no file; leave it out" in done.stderr
+
+
 def test_compare(short_run):
     done = fxquant("compare", short_run[1])
     assert done.returncode == 0, done.stderr

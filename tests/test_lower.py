@@ -356,7 +356,8 @@ def test_the_reference_is_left_as_it_is(residual):
 
 def test_an_unknown_backend_is_refused_with_the_nearest(residual):
     with pytest.raises(
-        UnknownNameError, match=r"unknown backend 'fbgem': did you mean 'fbgemm'\?.*onednn, onnxruntime, qnnpack"
+        UnknownNameError,
+        match=r"unknown backend 'fbgem': did you mean 'fbgemm'\?.*onednn, onnxruntime, openvino, qnnpack",
     ):
         fq.lower(residual, "fbgem")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxquant as fq
-from fxquant.errors import FxQuantError, SpecError
+from fxquant.errors import FxQuantError, SpecError, UnknownNameError
 from tests.models import TinyMobile, TinyResidual, settle
 
 onnx = pytest.importorskip("onnx", reason="the extra fxquant[onnx] is not installed")
 pytest.importorskip("onnxscript", reason="the extra fxquant[onnx] is not installed")
-pytest.importorskip("onnxruntime", reason="the extra fxquant[onnx] is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra fxquant[onnx] is not installed")
 
 
 def reference_of(model: nn.Module, x: torch.Tensor, bits: int = 4, **options):
@@ -103,6 +104,102 @@ def test_the_file_is_sound_and_narrow(tmp_path):
     assert {int(onnx.numpy_helper.to_array(bounds[n.input[2]])) for n in clips} == {7}
 
 
+class TwoConvolutions(nn.Module):
+    """No residual, and weights whose number fills no byte."""
+
+    def __init__(self, channels: int = 7):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, channels, 3, stride=2), nn.Conv2d(channels, channels, 3, bias=False)
+        self.head = nn.Linear(channels * 25, 5)
+
+    def forward(self, x):
+        return self.head(F.relu(self.conv(F.relu(self.stem(x)))).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("bits", "two_bit", "opset", "kind"),
+    [
+        (1, "bytes", 21, onnx.TensorProto.UINT8),
+        (2, "bytes", 21, onnx.TensorProto.UINT8),
+        (1, "int2", 25, onnx.TensorProto.INT2),
+        (2, "int2", 25, onnx.TensorProto.INT2),
+        (3, "int2", 21, onnx.TensorProto.INT4),
+    ],
+)
+def test_weights_of_one_and_two_bits_have_their_size(bits, two_bit, opset, kind, tmp_path):
+    x = torch.randn(4, 3, 16, 16)
+    reference = reference_of(TwoConvolutions(), x, bits)
+    file = tmp_path / "model.onnx"
+    fq.export_onnx(reference, file, two_bit=two_bit)
+    model = onnx.load(file)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
+    weights = {i.name: i for i in model.graph.initializer if ".weight_bytes" in i.name or ".weight_int" in i.name}
+    assert {i.data_type for i in weights.values()} == {kind}
+    stored = sum(len(i.raw_data) for i in weights.values())
+    each = 8 // {onnx.TensorProto.INT2: 2, onnx.TensorProto.INT4: 4}.get(kind, bits)
+    assert stored == sum(-(-count // each) for count in (3 * 7 * 9, 7 * 7 * 9, 7 * 25 * 5))
+    for count in (1, 9):
+        images = torch.randn(count, 3, 16, 16)
+        assert torch.equal(fq.OnnxModel(file, threads=1)(images), reference(images))
+    assert kinds_after_optimization(file, tmp_path)["QLinearConv"] == 2
+
+
+def kinds_after_optimization(file, tmp_path) -> Counter:
+    """How often each operator is in the graph that onnxruntime runs."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+
+
+class Tokens(nn.Module):
+    """Linear layers on rows of an image and on vectors; one has 40 inputs, which is no whole number of blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix = nn.Conv2d(3, 48, 4, stride=4), nn.Linear(48, 64)
+        self.back, self.odd = nn.Linear(64, 40, bias=False), nn.Linear(40, 32)
+        self.wide, self.head = nn.Linear(32, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = self.odd(F.relu(self.back(F.gelu(self.mix(x))))).mean(1)
+        return self.head(F.relu(self.wide(x)))
+
+
+@pytest.mark.parametrize(("bits", "activation_bits"), [(4, 8), (2, 3)])
+def test_weight_only_linear(bits, activation_bits, tmp_path):
+    """onnxruntime multiplies by the narrow weights; numbers are the reference's but for float sums."""
+    x = torch.randn(8, 3, 16, 16)
+    prepared = fq.prepare(Tokens(), [fq.Rule("*", bits, activation_bits)], calibration=[x])
+    fq.freeze(prepared)
+    reference, file = fq.convert(prepared), tmp_path / "model.onnx"
+    fq.export_onnx(reference, file, weight_only_linear=True)
+    kinds = kinds_after_optimization(file, tmp_path)
+    assert kinds["MatMulNBits"] == 4
+    assert kinds["MatMul"] + kinds["Gemm"] + kinds["FusedGemm"] == 0
+    model = onnx.load(file)
+    onnx.checker.check_model(model, full_check=True)
+    blocked = {n.input[0] for n in model.graph.node if any(a.name == "block_size" for a in n.attribute)}
+    weights = [i for i in model.graph.initializer if i.name in blocked]
+    assert {i.data_type for i in weights} == {onnx.TensorProto.INT4}
+    assert sum(len(i.raw_data) for i in weights) == (48 * 64 + 64 * 40 + 32 * 16 + 16 * 5) // 2
+    runs = fq.OnnxModel(file, threads=1)
+    for count in (1, 8, 17):
+        images = torch.randn(count, 3, 16, 16)
+        want, got = reference(images), runs(images)
+        # A float sum next to a tie may end on its other side: few codes of few inputs of the last layer.
+        assert (got - want).abs().max() <= float(reference.head_rescale.scale.max()) * 2**bits
+        assert float((got - want).abs().median()) <= 1e-5 * float(want.abs().max())
+
+
+def test_weight_only_needs_a_linear_that_fits(tmp_path):
+    reference = reference_of(TinyResidual(), torch.randn(4, 3, 16, 16), 8)
+    with pytest.raises(SpecError, match=r"weight_only_linear was asked for, but no Linear.*4 bits.*leave it out"):
+        fq.export_onnx(reference, tmp_path / "x.onnx", weight_only_linear=True)
+
+
 def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
     x = torch.randn(4, 3, 16, 16)
     prepared = fq.prepare(TinyResidual(), [fq.Rule("*", 4, 4)], calibration=[x])
@@ -111,9 +208,15 @@ def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
     reference = reference_of(TinyResidual(), x)
     with pytest.raises(SpecError, match=r"backend 'onnxruntime' reads a file: write it with fxquant\.export_onnx"):
         fq.lower(reference, "onnxruntime")
+    with pytest.raises(UnknownNameError, match=r"unknown two_bit 'uint2': did you mean 'int2'"):
+        fq.export_onnx(reference, tmp_path / "x.onnx", two_bit="uint2")
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     with pytest.raises(FxQuantError, match=r"onnxruntime does not take .*broken\.onnx"):
         fq.OnnxModel(tmp_path / "broken.onnx")
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx, "TensorProto", object())
+        with pytest.raises(FxQuantError, match=r"'int2' needs a newer onnx than .*'bytes'"):
+            fq.export_onnx(reference, tmp_path / "x.onnx", two_bit="int2")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FxQuantError, match=r"ONNX needs onnx and onnxscript, not installed.*fxquant\[onnx\]"):
         fq.export_onnx(reference, tmp_path / "x.onnx")

@@ -74,7 +74,7 @@ def lower(
     if asked.reads_onnx:
         raise SpecError(
             f"backend {asked.name!r} reads a file: write it with fxquant.export_onnx(reference, path), and run it with "
-            "fxquant.OnnxModel(path)"
+            "fxquant.OnnxModel(path) or fxquant.OpenVinoModel(path)"
         )
     backend = asked.name
     require_engine(backend)

@@ -1,15 +1,20 @@
-"""ONNX: the reference graph as one file of QuantizeLinear and DequantizeLinear, for onnxruntime.
+"""ONNX: the reference graph as one file of QuantizeLinear and DequantizeLinear, for onnxruntime and OpenVINO.
 
 What runtimes fuse into integer kernels, and what they compute wrongly or slowly, decides the form:
 
 * zero-points are explicit inputs, activations uint8;
 * an activation below 8 bits is clipped as uint8, between Quantize and Dequantize: a float Clip there does not fuse;
-* weights of up to 4 bits are INT4 initializers, cast to INT8 before their DequantizeLinear: the runtime folds the cast,
-  and the file has the true size;
+* weights of 3 and 4 bits are INT4 initializers, cast to INT8 before their DequantizeLinear: runtimes fold the cast, and
+  the file has the true size;
+* weights of 1 and 2 bits are bytes, each looked up (Gather) as the 8 or 4 codes it holds: runtimes fold that too.
+  ONNX's own INT2 is there only when asked for: OpenVINO does not read it;
 * biases are int32 at the scale of the sums.
 
 onnxruntime requantizes by one float32 multiplier, ``s_x * s_w / s_y``, where the reference multiplies by ``s_x * s_w``
 and then by ``1 / s_y``: about one code in a million lies so near a tie that the two round it apart, by one.
+
+OpenVINO drops the QuantizeLinear between a convolution and an addition when it fuses the two, so networks with residual
+sums differ there from what was trained.
 """
 
 from __future__ import annotations
@@ -19,20 +24,26 @@ import importlib.util
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .. import grid
-from ..errors import FxQuantError, SpecError
+from ..errors import FxQuantError, SpecError, UnknownNameError
 from ..files import write_whole
 from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
 from ..prepare import prepared_info
 
-OPSET = 21
+OPSET, OPSET_INT2 = 21, 25
+TWO_BIT_FORMS = ("bytes", "int2")
+BLOCKS = (128, 64, 32, 16)
+"""How many inputs of a weight-only Linear may share a scale: what onnxruntime's kernel takes, fewest scales first."""
 
 
-def export_onnx(reference: fx.GraphModule, path: str | Path) -> None:
+def export_onnx(
+    reference: fx.GraphModule, path: str | Path, *, two_bit: str = "bytes", weight_only_linear: bool = False
+) -> None:
     """Write a reference graph as ONNX, opset 21, checked, with a dynamic batch; whole or not at all.
 
     The graph has one input, ``images`` [N, C, H, W] float32, and one output, ``logits``.
@@ -40,27 +51,44 @@ def export_onnx(reference: fx.GraphModule, path: str | Path) -> None:
     Args:
         reference: from :func:`fxquant.convert` or :func:`fxquant.load`; not modified.
         path: by custom with the suffix ``.onnx``.
+        two_bit: how weights of 1 and 2 bits are stored: as ``bytes`` of 8 and 4 codes, which onnxruntime and OpenVINO
+            read; or both as ONNX's ``int2``, at opset 25 where there are any, which of the two only onnxruntime reads.
+        weight_only_linear: write each Linear whose weights fit 4 bits, and whose inputs are whole blocks of 16, as a
+            float product with INT4 weights, which onnxruntime computes from the narrow weights (MatMulNBits): half the
+            memory, at the error of float sums, and slower than integers where the CPU has instructions for these.
+            Inputs are still rounded to the trained codes.
 
     Raises:
-        SpecError: for a model that is no reference graph.
-        FxQuantError: where onnx or onnxscript is not installed, or torch cannot export a float operator of the model.
+        UnknownNameError: another ``two_bit``.
+        SpecError: for a model that is no reference graph, or ``weight_only_linear`` without such a Linear.
+        FxQuantError: where onnx or onnxscript is not installed or too old, or torch cannot export a float operator of
+            the model.
         OutputFolderError: where it cannot be written.
     """
+    if two_bit not in TWO_BIT_FORMS:
+        raise UnknownNameError("two_bit", two_bit, TWO_BIT_FORMS)
     info = prepared_info(reference)
     require_packages("onnx", "onnxscript")
     import onnx
 
+    if two_bit == "int2" and not hasattr(onnx.TensorProto, "INT2"):
+        raise FxQuantError(f"two_bit='int2' needs a newer onnx than {onnx.__version__}; upgrade it, or take 'bytes'")
     if not any(isinstance(m, (IntegerConv2d, IntegerLinear)) for m in reference.modules()):
         raise SpecError(
             f"export_onnx was given a {type(reference).__name__} without integer layers; give it what "
             "fxquant.convert returns"
+        )
+    if weight_only_linear and not any(map(_fits_weight_only, reference.modules())):
+        raise SpecError(
+            "weight_only_linear was asked for, but no Linear of this model has both weights of up to 4 bits and a "
+            f"multiple of {BLOCKS[-1]} inputs; leave it out"
         )
     example = torch.randn(2, *info.input_shape, generator=torch.Generator().manual_seed(0))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's exporter, about its own inside
             program = torch.onnx.export(
-                _symbolic(reference),
+                _symbolic(reference, weight_only_linear),
                 (example,),
                 input_names=["images"],
                 output_names=["logits"],
@@ -72,7 +100,9 @@ def export_onnx(reference: fx.GraphModule, path: str | Path) -> None:
             )
     except Exception as error:  # whatever an operator that ONNX has no form for makes of the exporter
         raise FxQuantError(f"torch cannot export this model to ONNX: {str(error).splitlines()[0]}") from error
-    model = _narrow_weights(program.model_proto)
+    model = program.model_proto
+    _fit_windows(model)
+    _narrow_weights(model, two_bit)
     onnx.checker.check_model(model, full_check=True)
     content = model.SerializeToString()
     write_whole(Path(path), lambda p: p.write_bytes(content))
@@ -95,6 +125,8 @@ class OnnxModel:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Its default for products with 4-bit weights rounds activations to 8 bits of its own.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
@@ -107,17 +139,51 @@ class OnnxModel:
         return torch.from_numpy(logits)
 
 
+class OpenVinoModel:
+    """An ONNX file in OpenVINO, on the CPU: call it with images, get logits.
+
+    Args:
+        path: what :func:`export_onnx` wrote, its ``two_bit`` left at ``bytes``.
+        threads: of one inference; OpenVINO's own choice when None.
+
+    Raises:
+        FxQuantError: where OpenVINO is not installed, or does not take the file.
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None):
+        require_packages("openvino")
+        import openvino
+
+        # Its own choices would be bf16 for what is float, and activations of 8 bits before 4-bit weights.
+        config = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+        if threads is not None:
+            config["INFERENCE_NUM_THREADS"] = threads
+        core = openvino.Core()
+        try:
+            self.compiled = core.compile_model(core.read_model(str(path)), "CPU", config)
+        except RuntimeError as error:
+            raise FxQuantError(f"OpenVINO does not take {path}: {' '.join(str(error).split())[:300]}") from error
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.compiled([images.cpu().numpy()])["logits"])
+
+
+RUNTIMES = {"onnxruntime": OnnxModel, "openvino": OpenVinoModel}
+"""What reads the file, by the backend's name, which is also that of its package."""
+
+
 def require_packages(*names: str) -> None:
     """Raises :class:`FxQuantError` where a package that ONNX needs is not installed."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise FxQuantError(f"ONNX needs {' and '.join(missing)}, not installed here: pip install 'fxquant[onnx]'")
+        extra = "openvino" if "openvino" in names else "onnx"
+        raise FxQuantError(f"ONNX needs {' and '.join(missing)}, not installed here: pip install 'fxquant[{extra}]'")
 
 
 # ---- the reference graph in ONNX's operators --------------------------------------------------------------
 
 
-def _symbolic(reference: fx.GraphModule) -> fx.GraphModule:
+def _symbolic(reference: fx.GraphModule, weight_only_linear: bool) -> fx.GraphModule:
     """A copy of the reference graph whose integer operators write themselves as ONNX's."""
     model = copy.deepcopy(reference)
     modules = dict(model.named_modules())
@@ -132,7 +198,11 @@ def _symbolic(reference: fx.GraphModule) -> fx.GraphModule:
             (layer,) = node.all_input_nodes
             (codes,) = layer.all_input_nodes
             entry = modules[codes.target]
-            forms[layer.target] = _Layer(modules[layer.target], entry, module)
+            if weight_only_linear and _fits_weight_only(modules[layer.target]):
+                forms[codes.target] = _FloatCodes(entry)
+                forms[layer.target] = _WeightOnlyLinear(modules[layer.target], entry, module)
+            else:
+                forms[layer.target] = _Layer(modules[layer.target], entry, module)
             forms[node.target] = _Activate(module)
     for name, form in forms.items():
         setattr(model, name, form)  # names of a reference graph's modules have no dots
@@ -194,6 +264,47 @@ class _Layer(nn.Module):
         return F.linear(x, weight, bias)
 
 
+def _fits_weight_only(layer: nn.Module) -> bool:
+    if not isinstance(layer, IntegerLinear) or layer.weight.shape[1] % BLOCKS[-1]:
+        return False
+    return grid.symmetric_bits(layer.weight) <= 4
+
+
+class _FloatCodes(nn.Module):
+    """The real numbers that the codes of ``x`` stand for, in float: narrow weights do not fuse after a Dequantize."""
+
+    def __init__(self, entry: Quantize):
+        super().__init__()
+        self.register_buffer("scale", entry.scale.clone())
+        self.register_buffer("reciprocal", 1.0 / entry.scale)
+        zero = int(entry.zero_point)
+        self.lowest, self.highest = float(entry.quant_min - zero), float(entry.quant_max - zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.round(x * self.reciprocal).clamp(self.lowest, self.highest) * self.scale
+
+
+class _WeightOnlyLinear(nn.Module):
+    """Real numbers times integer weights, which stay [inputs, outputs] of INT4 in the file, plus a real bias."""
+
+    def __init__(self, layer: IntegerLinear, entry: Quantize, rescale: Rescale):
+        super().__init__()
+        self.register_buffer("weight", layer.weight.t().contiguous())
+        self.block = next(block for block in BLOCKS if layer.weight.shape[1] % block == 0)
+        scale = (rescale.scale.to(torch.float64) / entry.scale.to(torch.float64)).to(torch.float32)
+        rows = layer.weight.shape[1] // self.block
+        self.register_buffer("weight_scale", scale.expand(rows, layer.weight.shape[0]).contiguous())
+        # Subtracted: onnxruntime makes a Gemm of a product and an addition, and that does not always keep the weights.
+        self.register_buffer("negative_bias", -(layer.bias.to(torch.float32) * rescale.scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        operands = (self.weight, self.weight_scale)
+        weight = _op("DequantizeLinear", operands, torch.float32, self.weight, axis=0, block_size=self.block)
+        shape = (*x.shape[:-1], weight.shape[-1])
+        product = torch.onnx.ops.symbolic("MatMul", (x, weight), dtype=torch.float32, shape=shape, version=OPSET)
+        return product - self.negative_bias
+
+
 class _Activate(nn.Module):
     def __init__(self, rescale: Rescale):
         super().__init__()
@@ -205,24 +316,106 @@ class _Activate(nn.Module):
         return F.relu(x) if self.ceiling is None else F.hardtanh(x, 0.0, self.ceiling)  # clamp(0, 6) fails to export
 
 
-def _narrow_weights(model):
-    """Initializers of weights that 4 bits hold, from INT8 to INT4 with a Cast after them."""
-    from onnx import TensorProto, helper, numpy_helper
+def _fit_windows(model) -> None:
+    """Average poolings whose window exceeds the image (ceil_mode) get one that fits; OpenVINO takes no other.
+
+    The mean is over what lies inside the image, so it stays what it was.
+    """
+    shapes = {v.name: v.type.tensor_type.shape.dim for v in model.graph.value_info}
+    for node in model.graph.node:
+        if node.op_type != "AveragePool" or node.input[0] not in shapes:
+            continue
+        options = {attribute.name: attribute for attribute in node.attribute}
+        counts_padding = "count_include_pad" in options and options["count_include_pad"].i
+        if counts_padding or ("pads" in options and any(options["pads"].ints)):
+            continue
+        sizes = [dim.dim_value for dim in shapes[node.input[0]][2:]]
+        kernel = options["kernel_shape"].ints
+        kernel[:] = [min(width, size) if size else width for width, size in zip(kernel, sizes, strict=True)]
+
+
+def _narrow_weights(model, two_bit: str) -> None:
+    """Initializers of weights that 4 bits hold, from INT8 to what is as narrow, with nodes after it that widen it."""
+    from onnx import TensorProto, numpy_helper
 
     graph = model.graph
-    weights = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
-    for initializer in list(graph.initializer):
+    weights = {node.input[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
+    initializers, nodes = [], []
+    for initializer in graph.initializer:
         if initializer.name not in weights or initializer.data_type != TensorProto.INT8:
+            initializers.append(initializer)
             continue
-        values = numpy_helper.to_array(initializer)
-        if grid.symmetric_bits(torch.from_numpy(values.copy())) > 4:
+        codes = torch.from_numpy(numpy_helper.to_array(initializer).copy())
+        bits = grid.symmetric_bits(codes)
+        if bits > 4:
+            initializers.append(initializer)
             continue
-        narrow, wide = f"{initializer.name}_int4", initializer.name
-        nibbles = values.reshape(-1).astype("uint8") & 15
-        packed, high = nibbles[0::2].copy(), nibbles[1::2]
-        packed[: len(high)] |= high << 4
-        tensor = helper.make_tensor(narrow, TensorProto.INT4, initializer.dims, packed.tobytes(), raw=True)
-        graph.initializer.remove(initializer)
-        graph.initializer.append(tensor)
-        graph.node.insert(0, helper.make_node("Cast", [narrow], [wide], f"{wide}_cast", to=TensorProto.INT8))
-    return model
+        if any(attribute.name == "block_size" for attribute in weights[initializer.name].attribute):
+            # These the runtime computes with as they are, and it knows no Cast between.
+            narrow, widening = _in_a_narrow_type(initializer.name, codes, 4)
+            weights[initializer.name].input[0], widening = narrow[0].name, []
+        elif bits > 2 or two_bit == "int2":
+            narrow, widening = _in_a_narrow_type(initializer.name, codes, 4 if bits > 2 else 2)
+        else:
+            narrow, widening = _in_bytes(initializer.name, codes, bits)
+        initializers += [i for i in narrow if i.name not in {known.name for known in initializers}]
+        nodes += widening
+    if any(two_bit == "int2" and initializer.data_type == TensorProto.INT2 for initializer in initializers):
+        _set_opset(model, OPSET_INT2)
+    del graph.initializer[:]
+    graph.initializer.extend(initializers)
+    nodes.extend(graph.node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _in_a_narrow_type(name: str, codes: Tensor, bits: int):
+    """(initializers, nodes) that give ``codes`` under ``name`` from ONNX's INT4 or INT2, in two's complement."""
+    from onnx import TensorProto, helper
+
+    narrow, each = f"{name}_int{bits}", 8 // bits
+    digits = codes.numpy().reshape(-1).astype("uint8") & (2**bits - 1)
+    digits = np.pad(digits, (0, -len(digits) % each)).reshape(-1, each)
+    packed = np.bitwise_or.reduce(digits << (np.arange(each, dtype=np.uint8) * bits), axis=1)
+    kind = getattr(TensorProto, f"INT{bits}")
+    tensor = helper.make_tensor(narrow, kind, codes.shape, packed.tobytes(), raw=True)
+    return [tensor], [helper.make_node("Cast", [narrow], [name], f"{name}_cast", to=TensorProto.INT8)]
+
+
+def _in_bytes(name: str, codes: Tensor, bits: int):
+    """(initializers, nodes) that give ``codes`` under ``name`` from the stream of :func:`grid.pack`, byte by byte."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    low, _ = grid.bounds(bits, "symmetric")
+    each = 8 // bits
+    digits = (np.arange(256)[:, None] >> (np.arange(each) * bits)) & (2**bits - 1)
+    constants = {
+        f"codes_of_a_byte_{bits}": (digits * (2 if bits == 1 else 1) + low).astype(np.int8),  # [256, each]
+        "flat": np.array([-1]),
+        "start": np.array([0]),
+        f"{name}_bytes": grid.pack(codes, bits).numpy(),
+        f"{name}_count": np.array([codes.numel()]),
+        f"{name}_shape": np.array(codes.shape),
+    }
+    table, flat, start, packed, count, shape = constants
+    steps = (
+        ("Cast", [packed], "indices", {"to": TensorProto.INT32}),
+        ("Gather", [table, f"{name}_indices"], "gathered", {"axis": 0}),
+        ("Reshape", [f"{name}_gathered", flat], "padded", {}),
+        ("Slice", [f"{name}_padded", start, count], "sliced", {}),  # without the bits that fill the last byte
+    )
+    nodes = [
+        helper.make_node(kind, inputs, [f"{name}_{out}"], f"{name}_{out}", **how) for kind, inputs, out, how in steps
+    ]
+    nodes.append(helper.make_node("Reshape", [f"{name}_sliced", shape], [name], f"{name}_reshape"))
+    return [numpy_helper.from_array(array, key) for key, array in constants.items()], nodes
+
+
+def _set_opset(model, version: int) -> None:
+    """Between 21 and 25, ONNX's operators gained types and options, and changed nothing that was."""
+    from onnx import helper
+
+    for entry in model.opset_import:
+        if entry.domain == "":
+            entry.version = version
+    model.ir_version = max(model.ir_version, helper.find_min_ir_version_for(model.opset_import))
