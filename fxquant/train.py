@@ -347,12 +347,17 @@ class _Run:
         }
 
 
-def lower_to(reference: fx.GraphModule, backend: str, onnx_file: Path) -> fx.GraphModule | onnx.OnnxModel:
-    """The reference on a backend: lowered, or in a runtime that reads ``onnx_file``, which is written then."""
+def lower_to(
+    reference: fx.GraphModule, backend: str, onnx_file: Path, threads: int | None = None
+) -> fx.GraphModule | onnx.OnnxModel:
+    """The reference on a backend: lowered, or in a runtime that reads ``onnx_file``, which is written then.
+
+    ``threads`` are a runtime's own, its choice when None; torch's kernels follow ``torch.set_num_threads``.
+    """
     if not get_backend(backend).reads_onnx:
         return lower(reference, backend)
     onnx.export_onnx(reference, onnx_file)
-    return onnx.OnnxModel(onnx_file)
+    return onnx.OnnxModel(onnx_file, threads)
 
 
 def build_model(recipe: Recipe) -> nn.Module:
