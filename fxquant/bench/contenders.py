@@ -86,7 +86,7 @@ def contenders(
 
 
 def profile(backend: str) -> str:
-    """The backend whose prepared graph this one shares: the first that differs in nothing that ``prepare`` could read."""
+    """The backend whose prepared graph this one shares: the first that differs in nothing ``prepare`` could read."""
     alike = [name for name, spec in BACKENDS.items() if _preparation(spec) == _preparation(get_backend(backend))]
     return alike[0]
 

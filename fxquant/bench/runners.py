@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from ..lower import packed
 from ..lower.onnx import OnnxModel
+from ..spec import get_backend
 from ..train import lower_to
 from . import peers
 from .contenders import Contender
@@ -42,24 +43,32 @@ def open_contender(contender: Contender, job: Job) -> Opened:
     return OPENERS[contender.kind](contender, job)
 
 
-def integer_model(contender: Contender, job: Job) -> tuple[Callable[[Tensor], Any], Path | None]:
-    """A backend's model of the packed integers; and the file that the backend reads, if it reads one."""
-    reference = packed.load(job.file(contender.file), job.blank_model())
-    reference.meta["fxquant"].calibration = [job.images()]  # what kernels are checked on
-    written = job.file(f"{contender.file}.{contender.backend}.onnx")
-    model = lower_to(reference, contender.backend, written, job.threads)
-    return model, written if written.exists() else None
+def backend_model(reference: fx.GraphModule, backend: str, images: Tensor, written: Path, threads: int):
+    """A callable on image batches: a reference graph on any backend, its kernels checked on ``images``.
+
+    ``written`` is where the file goes of a backend that reads one.
+    """
+    if backend in torch.backends.quantized.supported_engines:
+        torch.backends.quantized.engine = backend
+    reference.meta["fxquant"].calibration = [images]
+    return lower_to(reference, backend, written, threads)
 
 
 def _open_ours(contender: Contender, job: Job) -> Opened:
-    if contender.backend in torch.backends.quantized.supported_engines:
-        torch.backends.quantized.engine = contender.backend
-    model, written = integer_model(contender, job)
-    stayed = []
-    if isinstance(model, fx.GraphModule):
+    packed_file = job.file(contender.file)
+    written = packed_file.with_suffix(f".{contender.backend}.onnx")
+    reference = packed.load(packed_file, job.blank_model())
+    if get_backend(contender.backend).reads_onnx:
+        model = backend_model(reference, contender.backend, job.images(), written, job.threads)
+        return Opened(_calls(model), written.stat().st_size)
+
+    def bind(images: Tensor) -> tuple[Call, str]:
+        """Lowered anew: torch's onednn kernels cache what they prepare for the first shape they see, and no other."""
+        model = backend_model(reference, contender.backend, images, written, job.threads)
         stayed = [layer for layer in model.meta.get("fxquant_lowered", []) if layer.kernel == "reference"]
-    note = f"{len(stayed)} operators stay on the reference" if stayed else ""
-    return Opened(_calls(model), (written or job.file(contender.file)).stat().st_size, note)
+        return lambda: model(images), f"{len(stayed)} operators stay on the reference" if stayed else ""
+
+    return Opened(bind, packed_file.stat().st_size)
 
 
 def _open_eager(contender: Contender, job: Job) -> Opened:
@@ -103,8 +112,13 @@ def _open_openvino(contender: Contender, job: Job) -> Opened:
 
 def _open_torch_ao(contender: Contender, job: Job) -> Opened:
     torch.backends.quantized.engine = "x86"
-    model = peers.torch_ao(job)
-    return Opened(_calls(model), _state_bytes(model))
+
+    def bind(images: Tensor) -> tuple[Call, str]:
+        """Converted anew for each batch size, for the same reason as ours."""
+        model = peers.torch_ao(job)
+        return lambda: model(images), ""
+
+    return Opened(bind, _state_bytes(peers.torch_ao(job)))
 
 
 OPENERS: dict[str, Callable[[Contender, Job], Opened]] = {
