@@ -8,7 +8,6 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from .. import timm
 from ..convert import convert
 from ..errors import FxQuantError, SpecError, UnknownNameError
 from ..freeze import freeze
@@ -32,6 +31,8 @@ def of_model(name: str, image_size: int | None, folder: Path, **settings) -> Job
         UnknownNameError: for a name that timm does not have, with the nearest.
         SpecError: for a size that the model cannot have.
     """
+    from .. import timm
+
     names = timm.list_models()
     if name.split(".")[0] not in names:
         raise UnknownNameError("timm model", name, names)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import SpecError
 from ..files import write_json
 from .artefacts import RUN, of_model, of_run
-from .contenders import contenders
+from .contender import contenders
 from .machine import machine
 from .plot import can_draw, draw
 from .result import Result

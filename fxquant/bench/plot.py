@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from ..files import write_whole
-from .contenders import ORT
+from .contender import ORT
 from .result import Result
 
 

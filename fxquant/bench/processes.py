@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import FxQuantError
-from .contenders import Contender
+from .contender import Contender
 from .job import Job
 
 _OPEN_SECONDS = 1800  # compilers and quantizers on a large model, on a busy machine

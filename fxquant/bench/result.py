@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .contenders import EAGER, ORT, Contender, label
+from .contender import EAGER, ORT, Contender, label
 from .processes import WorkerError
 
 TOLERANCE = 1.05

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ..errors import SpecError
-from .contenders import Contender
+from .contender import Contender
 from .job import Job
 from .processes import Builder, Worker, WorkerError
 from .result import Entry

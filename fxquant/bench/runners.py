@@ -17,7 +17,7 @@ from ..lower.onnx import OnnxModel
 from ..spec import get_backend
 from ..train import lower_to
 from . import peers
-from .contenders import Contender
+from .contender import Contender
 from .job import Job
 
 Call = Callable[[], Any]

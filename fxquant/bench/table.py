@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from .contenders import EAGER, ORT
+from .contender import EAGER, ORT
 from .result import TOLERANCE, Result
 
 

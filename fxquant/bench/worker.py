@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 
 from .artefacts import build
-from .contenders import Contender
+from .contender import Contender
 from .job import Job
 from .runners import Call, Opened, open_contender
 
