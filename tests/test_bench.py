@@ -3,8 +3,6 @@
 import importlib.util
 import io
 import json
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -379,20 +377,41 @@ def test_a_finished_run_brings_its_own_integers(digits_run, tmp_path):
     assert torch.equal(outcome(form, job), digits_run[0].lowered["x86"](job.batch(5)))
 
 
-def test_the_command_from_end_to_end(tmp_path):
-    arguments = "bench --model test_resnet --image-size 32 --bits 4 --batch 1,2 --backends x86 --rounds 2 --burst 5"
-    done = subprocess.run(
-        [sys.executable, "-m", "fxquant", *arguments.split(), "--output", tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def test_shared_files_are_made_in_a_process_and_not_tried_twice(tmp_path):
+    builder = processes.Builder(bench.of_model("test_resnet", 32, tmp_path))
+    try:
+        builder.require(FLOAT)
+        assert (tmp_path / FLOAT).exists()
+        reasons = []
+        for _ in range(2):
+            with pytest.raises(WorkerError, match="unknown backend 'nowhere'") as raised:
+                builder.require("w4.nowhere.fxq")
+            reasons.append(raised.value)
+        assert reasons[0] is reasons[1]
+    finally:
+        builder.close()
+
+
+def test_processes_measure_real_models(job):
+    chosen = [c for c in bench.contenders((4,), ["x86"]) if c.kind != "eager"]
+    settings = bench.Settings((1, 2), rounds=2, burst=5.0)
+    entries = bench.measure(job, chosen, settings, built={name for c in chosen for name in c.needs})
+    assert [(e.name, e.state) for e in entries] == [("onnxruntime fp32", "measured"), ("x86 W4A4", "measured")]
+    assert all(len(entry.rounds[batch]) == 2 and min(entry.rounds[batch]) > 0 for entry in entries for batch in (1, 2))
+    assert entries[0].size == job.file(FLOAT_ONNX).stat().st_size
+    assert entries[1].size == job.file(artefacts.reference_file(4, "x86")).stat().st_size
+
+
+def test_the_command_prints_tables_and_leaves_its_files(fakes, tmp_path):
+    arguments = "bench --model test_resnet --image-size 32 --bits 4 --batch 1,2 --backends x86 --rounds 2 --output"
+    done = CliRunner().invoke(app, [*arguments.split(), str(tmp_path)], env={"COLUMNS": "160"})
+    assert done.exit_code == 0, done.exception
+    assert "test_resnet, batch 2 of 3x32x32, CPU time, 1 thread" in done.stdout
     assert "x86 W4A4" in done.stdout
     values = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["name"] for row in values["contenders"]] == ["eager fp32", "onnxruntime fp32", "x86 W4A4"]
     assert Counter(row["state"] for row in values["contenders"]) == {"measured": 3}
-    for row in values["contenders"]:
-        assert row["bytes"] > 10_000
-        assert all(len(batch["rounds_ms"]) == 2 for batch in row["batches"].values())
-        assert all(batch["median_ms"] > 0 for batch in row["batches"].values())
-    assert values["settings"]["seed"] == 0
+    assert values["contenders"][2]["batches"]["2"]["rounds_ms"] == [16.0, 16.0]
+    assert values["settings"] == {
+        "batches": [1, 2], "rounds": 2, "threads": 1, "wall": False, "seed": 0, "burst": 200.0,
+    }  # fmt: skip
