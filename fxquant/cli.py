@@ -230,7 +230,7 @@ def bench_command(
             bits=widths,
             backends=names,
             peers=peers,
-            watch=lambda text: status.update(text),
+            watch=status.update if out.is_terminal else err.print,  # a log shows how far it got, too
         )
     for table in command.tables(result):
         out.print(table)
