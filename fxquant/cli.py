@@ -1,4 +1,4 @@
-"""The command line: fxquant ls | show | validate | run | lower | coverage | compare."""
+"""The command line: fxquant ls | show | validate | run | lower | coverage | bench | compare."""
 
 from __future__ import annotations
 
@@ -195,6 +195,51 @@ def coverage_command(
     table = output / f"coverage_{'plain_' if plain else ''}w{bits}.csv"
     rows = coverage.cover(chosen, bits, table, resume=resume, watch=watch, way="torch.ao" if plain else "fxquant")
     out.print(coverage.summary(rows), markup=False, highlight=False)
+
+
+@app.command("bench")
+def bench_command(
+    source: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="a finished run, in place of --model", show_default=False)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="a timm model, with random weights")] = None,
+    image_size: Annotated[int | None, typer.Option(help="pixels a side [default: the model's own]")] = None,
+    bits: Annotated[str | None, typer.Option(help="widths of all layers but the first and last [default: 8,4]")] = None,
+    batch: Annotated[str, typer.Option(help="batch sizes")] = "1,16",
+    backends: Annotated[str | None, typer.Option(help="names with commas [default: every backend]")] = None,
+    rounds: Annotated[int, typer.Option(help="bursts of each contender at each batch size")] = 20,
+    burst: Annotated[float, typer.Option(help="milliseconds a burst is to take")] = 200.0,
+    wall: Annotated[bool, typer.Option("--wall", help="wall time instead of the process's CPU time")] = False,
+    threads: Annotated[int, typer.Option(help="of every runtime; more than one needs --wall")] = 1,
+    peers: Annotated[bool, typer.Option("--peers", help="also torch.ao, onnxruntime's quantizer and nncf")] = False,
+    seed: Annotated[int, typer.Option(help="of weights, images and the order of bursts")] = 0,
+    output: Annotated[Path | None, typer.Option(help="folder for the files [default: runs/bench/<model>]")] = None,
+) -> None:
+    """Measure latency and size of every backend, beside float eager and onnxruntime fp32 in the same run."""
+    from .bench import command
+
+    if (source is None) == (model is None):
+        raise FxQuantError("give what is to be measured: a finished run, or --model NAME, and not both")
+    if source is not None and (bits is not None or image_size is not None):
+        raise FxQuantError("a finished run has its own widths and input size; leave out --bits and --image-size")
+    settings = command.Settings(command.numbers(batch, "--batch"), rounds, threads, wall, seed, burst)
+    widths = command.numbers(bits or "8,4", "--bits")
+    names = None if backends is None else [name.strip() for name in backends.split(",")]
+    with out.status("bench") as status:
+        result = command.bench(
+            settings,
+            source=source,
+            model=model,
+            image_size=image_size,
+            bits=widths,
+            backends=names,
+            peers=peers,
+            watch=status.update if out.is_terminal else err.print,  # a log shows how far it got, too
+        )
+    for table in command.tables(result):
+        out.print(table)
+    for line in (*command.remarks(result), *command.write(result, output)):
+        out.print(line, markup=False, highlight=False)
 
 
 @app.command()

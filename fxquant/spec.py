@@ -182,7 +182,7 @@ BACKENDS: dict[str, BackendSpec] = {
         # qnnpack rounds a requantized value up or down by one code in 0.1-0.3 % of outputs even at 8 bits.
         BackendSpec("qnnpack", agreement=98.0, saturates_without_vnni=False),
         BackendSpec("onnxruntime", agreement=99.9, reads_onnx=True),
-        BackendSpec("openvino", agreement=99.9, reads_onnx=True),
+        BackendSpec("openvino", agreement=99.9, reads_onnx=True, adds_in_layer=True),
     )
 }
 

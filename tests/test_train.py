@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 
 import fxquant.timm
 from fxquant import checkpoint
-from fxquant.coverage.probe import random_images, settled
 from fxquant.errors import CheckpointError, FxQuantError, NonFiniteError, OutputFolderError, RuleError, SpecError
 from fxquant.files import write_json
 from fxquant.lower import packed
 from fxquant.recipe import load_recipe
+from fxquant.synthetic import random_images, settled
 from fxquant.train import Silent, build_model, load_run, run
 from fxquant.verify import verify
 

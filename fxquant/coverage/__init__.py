@@ -1,7 +1,7 @@
 """What becomes of any timm model: each taken through every stage in a process of its own, one CSV row a model.
 
 * ``row`` - the row, the stages, the CSV file and the summary.
-* ``probe`` - the random model and images, and what is counted on any graph.
+* ``probe`` - what is counted on any graph.
 * ``ours``, ``plain`` - the way through fxquant, and through torch.ao as it comes, for comparison.
 
 ``python -m fxquant.coverage NAME SIZE BITS WAY`` does one model and prints its row as JSON.

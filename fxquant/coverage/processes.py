@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..errors import FxQuantError
+from ..synthetic import random_images, settled
 from . import ours, plain, probe
 from .row import STAGES, Row, append, begin, read
 
@@ -28,8 +29,8 @@ def cover_model(name: str, input_size: int, bits: int, way: str = "fxquant") -> 
     started = time.perf_counter()
     try:
         torch.manual_seed(0)
-        images = probe.random_images(input_size)
-        model = probe.settled(timm.create_model(name, pretrained=False), images)
+        images = random_images(input_size)
+        model = settled(timm.create_model(name, pretrained=False), images)
         row.parameters_m = round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
         row.stages = 1
         for _ in WAYS[way](row, model, images):
