@@ -15,6 +15,7 @@ from .estimators import Estimator
 from .layers import QATLayer
 from .prepare import _images, prepared_info
 from .spec import Budget
+from .ties import avoid_ties
 
 
 def freeze(
@@ -22,7 +23,8 @@ def freeze(
 ) -> dict[str, tuple[int, int]]:
     """Turn a trained, prepared model into the one that converts: in place, and for good.
 
-    First :func:`settle`, then scales and zero-points are fixed. Afterwards every layer computes on integers, in eval
+    First :func:`settle`, then scales and zero-points are fixed, where :func:`~fxquant.ties.avoid_ties` finds that
+    every runtime rounds alike. Afterwards every layer computes on integers, in eval
     and in train mode alike, and :func:`fxquant.convert` is exact.
 
     Args:
@@ -41,6 +43,7 @@ def freeze(
     for module in model.modules():
         if isinstance(module, (QATLayer, Estimator)):
             module.freeze()
+    avoid_ties(model)
     return widths
 
 

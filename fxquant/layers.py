@@ -77,6 +77,8 @@ class QATLayer(nn.Module):
             self.bn._modules.clear()  # capture keeps its activation below it, which the graph calls apart
         self.relu = any(isinstance(m, (nn.ReLU, nn.ReLU6)) for m in rest)
         self.ceiling = 6.0 if any(isinstance(m, nn.ReLU6) for m in rest) else None
+        # By this factor of a few parts in a million freeze() moves each output channel's scale away from ties.
+        self.register_buffer("scale_shift", torch.ones(self.weight.shape[0], device=self.weight.device))
         self._set_quantizers(module.qconfig)
         self.train(module.training)
 
@@ -203,6 +205,14 @@ class QATLayer(nn.Module):
             raise NotFrozenError(
                 "the integers of a layer were asked for while its quantizers still train; call fxquant.freeze first"
             )
+        codes, scale, bias = self._coarsened()
+        scale = (scale * self.scale_shift).to(torch.float32)
+        sum_scale = scale * self.input_fake_quant.step()
+        bias_codes = torch.round(bias / sum_scale.to(torch.float64))
+        return codes.to(torch.int8), scale, bias_codes.to(torch.int32), sum_scale
+
+    def _coarsened(self) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`folded`, the scales of channels that have all but vanished raised to what their bias fits."""
         input_scale = self.input_fake_quant.step().to(torch.float64)
         codes, scale, bias = self.folded()
         coarsest = (bias.abs() / (input_scale * _MAX_BIAS)).clamp(min=torch.finfo(torch.float32).tiny * 256)
@@ -210,10 +220,7 @@ class QATLayer(nn.Module):
         coarse = scale < coarsest
         view = (-1, *[1] * (codes.ndim - 1))
         codes = torch.where(coarse.reshape(view), torch.round(codes * (scale / coarsest).reshape(view)), codes)
-        scale = torch.where(coarse, coarsest, scale).to(torch.float32)
-        sum_scale = scale * input_scale.to(torch.float32)
-        bias_codes = torch.round(bias / sum_scale.to(torch.float64))
-        return codes.to(torch.int8), scale, bias_codes.to(torch.int32), sum_scale
+        return codes, torch.where(coarse, coarsest, scale), bias
 
     def integer_form(self) -> IntegerForm:
         """The layer as operators of the reference graph; computed once, shared with :func:`fxquant.convert`."""
