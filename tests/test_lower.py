@@ -214,6 +214,28 @@ def test_a_layer_adds_a_residual_without_spoiling_it_for_others(backend, bits):
     assert torch.equal(new, before)
 
 
+class Echo(nn.Module):
+    """A layer that reads the very codes it is added to. Input [N, 3, H, W]."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        return (self.b(x) + x).mean((2, 3))
+
+
+def test_a_layer_does_not_write_over_its_own_input():
+    x = torch.randn(8, 3, 24, 24)
+    reference = reference_of(Echo(), x, 8)
+    lowered = fq.lower(reference, "x86")
+    (kernel,) = (n for n in lowered.graph.nodes if n.op == "call_module" and len(n.args) == 2)
+    assert kernel.args[0] is kernel.args[1]
+    assert not lowered.get_submodule(kernel.target).overwrite
+    assert largest_gap(reference, lowered, "x86", torch.randn(16, 3, 24, 24)) <= 1
+
+
 def test_a_lowered_model_can_be_copied(residual):
     x = torch.randn(4, 3, 16, 16)
     lowered = fq.lower(residual, "x86")

@@ -288,7 +288,8 @@ class _Lowering:
             addend = node.args[1]
             owner = self.model.get_submodule(addend.target) if addend.op == "call_module" else None
             fresh = isinstance(owner, Kernel) and not isinstance(owner, kernels.Requantize)
-            kernel.overwrite = fresh and all(order[user] <= order[node] for user in addend.users)
+            read_once = node.args[0] is not addend  # a convolution must not write over what it still reads
+            kernel.overwrite = fresh and read_once and all(order[user] <= order[node] for user in addend.users)
 
 
 def _layer_kernel(engine: str, layer, entry: Quantize, rescale: Rescale, exit_: Quantize) -> Kernel:
