@@ -131,7 +131,7 @@ def test_quantizer_parameters_are_those_of_all_quantizers(model):
     names = {id(p): n for n, p in model.named_parameters()}
     quantizers = {names[id(p)] for p in cost.quantizer_parameters(model)}
     assert quantizers == {n for n in names.values() if "fake_quant." in n or "_edge." in n}
-    assert len(quantizers) == len(cost.quantizer_parameters(model)) == 5 * 3 + 3 * 2
+    assert len(quantizers) == len(cost.quantizer_parameters(model)) == 5 * 3 + 2 * 2
 
 
 def test_the_mean_of_equal_widths_is_that_width():

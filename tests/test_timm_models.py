@@ -206,14 +206,14 @@ def test_lowered_relu6_is_within_one_code_and_below_the_code_of_6(bits, init):
     fq.freeze(prepared)
     reference = fq.convert(prepared)
     lowered = fq.lower(reference, "x86")
-    assert [entry.kernel == "reference" for entry in lowered.meta["fxquant_lowered"]] == [False] * 4
+    assert not any(entry.kernel == "reference" for entry in lowered.meta["fxquant_lowered"])
     new = 3 * torch.randn(8, 3, 12, 12)
     want = recorded(reference, new)
     checked = 0
     with native._kernels("x86"), torch.no_grad():
         for node in (n for n in lowered.graph.nodes if REFERENCE in n.meta):
             name = node.meta[REFERENCE]
-            if want[name].dtype != torch.uint8:
+            if want[name].dtype != torch.uint8 or node.args[0].op == "placeholder":
                 continue
             inputs = [want[argument.meta.get(REFERENCE, argument.name)] for argument in node.args]
             got = lowered.get_submodule(node.target)(*inputs)
@@ -287,7 +287,7 @@ def test_arithmetic_with_constants_and_parameters_gets_no_edge(name):
 def test_arithmetic_of_activations_gets_edges(name):
     operation, expected = EDGES[name]
     x = torch.randn(4, 3, 8, 8)
-    prepared = fq.prepare(Between(operation), [fq.Rule("*", 4, 4)], calibration=[x]).eval()
+    prepared = fq.prepare(Between(operation), [fq.Rule("*", 4, 4)], calibration=[x], backend="onnxruntime").eval()
     assert edges(prepared) == expected
     assert {prepared.get_submodule(n).whole_bits for n in expected} == {8}
     fq.freeze(prepared)
