@@ -62,7 +62,7 @@ def test_lower_reads_the_run_back_and_agrees(short_run, tmp_path):
     folder = short_run[1]
     done = fxquant("lower", folder, "--backend", "onednn", "--output", tmp_path / "onednn.json")
     assert done.returncode == 0, done.stderr
-    assert "quantized.conv2d_relu" in done.stdout
+    assert "onednn.qconv_pointwise" in done.stdout
     outcome = json.loads((tmp_path / "onednn.json").read_text())
     result = json.loads((folder / "result.json").read_text())
     assert outcome["reference_accuracy"] == result["reference_accuracy"]

@@ -48,7 +48,7 @@ def stages(row: Row, model: nn.Module, images: Tensor) -> Iterator[None]:
     reference = convert(prepared)
     yield
     lowered = lower(reference, "x86")
-    on_kernels = {r.name for r in lowered.meta["fxquant_lowered"] if r.kernel != "reference"}
+    on_kernels = {r.layer for r in lowered.meta["fxquant_lowered"] if r.layer and r.kernel != "reference"}
     integer = _integer_macs(reference, on_kernels, info.costs)
     row.integer_macs = round(min(integer / max(probe.total_macs(model, images[:1]), 1), 1.0), 4)
     yield
@@ -66,8 +66,7 @@ def _integer_macs(reference, on_kernels: set[str], costs: dict) -> int:
     for node in reference.graph.nodes:
         if not str(node.target).endswith("_rescale"):
             continue
-        results = {node.name, *(user.name for user in node.users)}
         name = next((n for n in costs if n.replace(".", "_") == str(node.target).removesuffix("_rescale")), None)
-        if name is not None and results & on_kernels:
+        if name is not None and node.name in on_kernels:
             integer += costs[name].macs
     return integer

@@ -42,6 +42,7 @@ class LoweredLayer:
         max_code_difference: largest difference of codes on the check batch, given the same input codes.
         share_different: share of codes that differ there.
         reason: why it is not on the engine asked for, if it is not.
+        layer: the reference node of the layer's float result, where it computes a layer.
     """
 
     name: str
@@ -49,6 +50,7 @@ class LoweredLayer:
     max_code_difference: int = 0
     share_different: float = 0.0
     reason: str = ""
+    layer: str = ""
 
 
 def lower(
@@ -158,6 +160,7 @@ class _Lowering:
             done, last = self._try(rescale_node, (entry_node,), build, failed)
             if not done:
                 self.report.append(failed or last)
+        self.report[-1] = replace(self.report[-1], layer=rescale_node.name)
 
     def _lower_addition(
         self, rescale_node: fx.Node, add: fx.Node, entry_node: fx.Node, operands: tuple
