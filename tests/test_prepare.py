@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 
 import pytest
 import timm.layers
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxquant as fq
-from fxquant import Rule
+from fxquant import Rule, cost
 from fxquant.errors import (
     ConstantTensorError,
     EmptyDataError,
@@ -390,3 +391,81 @@ def test_calibration_stops_after_its_batches():
     prepared = fq.prepare(settle(TinyResidual(), x), ALL4, example_inputs=(x,))
     calibrate(prepared, itertools.repeat(x), max_batches=2)  # an endless loader
     assert prepared.stem.input_fake_quant._initialized
+
+
+# ---- what an engine would compute wrongly ------------------------------------------------------------------
+
+
+def mobile() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Flatten(), nn.Linear(800, 5)
+    )
+
+
+def widths(prepared) -> list[tuple[int, int]]:
+    layers = cost.qat_layers(prepared).values()
+    return [(layer.weight_fake_quant.whole_bits, layer.input_fake_quant.whole_bits) for layer in layers]
+
+
+def test_a_depthwise_convolution_at_full_8_bits_is_reduced_for_fbgemm():
+    x = torch.randn(4, 3, 12, 12)
+    with pytest.warns(UserWarning, match=r"layer '2': activation_bits=8 becomes 7 at most: fbgemm's depthwise kernels"):
+        prepared = fq.prepare(mobile(), [fq.Rule("*", 8, 8)], calibration=[x], backend="fbgemm")
+    assert widths(prepared) == [(8, 8), (8, 7), (8, 8)]
+    assert prepared.meta["fxquant"].rules["2"].activation_bits == 7
+    fq.freeze(prepared)
+    lowered = fq.lower(fq.convert(prepared))
+    assert all(entry.reason == "" for entry in lowered.meta["fxquant_lowered"])
+
+
+@pytest.mark.parametrize(("backend", "bits"), [("x86", 8), ("onednn", 8), ("fbgemm", 7), ("qnnpack", 8)])
+def test_widths_that_fit_the_engine_are_left_alone(backend, bits):
+    x = torch.randn(4, 3, 12, 12)
+    prepared = fq.prepare(mobile(), [fq.Rule("*", bits, 8)], calibration=[x], backend=backend)
+    assert widths(prepared) == [(bits, 8)] * 3
+
+
+@pytest.mark.parametrize("backend", ["x86", "onednn", "fbgemm", "onnxruntime", "openvino"])
+def test_without_vnni_weights_have_7_bits_at_most(monkeypatch, backend):
+    monkeypatch.setattr(sys.modules["fxquant.prepare"], "has_vnni", lambda: False)
+    x = torch.randn(4, 3, 12, 12)
+    with pytest.warns(UserWarning, match=r"weight_bits=8 becomes 7 at most: without VNNI instructions") as caught:
+        prepared = fq.prepare(mobile(), [fq.Rule("*", 8, 8)], calibration=[x], backend=backend)
+    assert len(caught) == 3
+    assert widths(prepared) == [(7, 8)] * 3
+    with pytest.warns(UserWarning, match=r"weight_bits=\(2, 8\) becomes 7 at most"):
+        learned = fq.prepare(mobile(), [fq.Rule("*", (2, 8), 8, "nipq")], calibration=[x], backend=backend)
+    assert {layer.weight_fake_quant.bits for layer in cost.qat_layers(learned).values()} == {(2, 7)}
+
+
+def test_without_vnni_qnnpack_and_narrow_weights_are_left_alone(monkeypatch):
+    monkeypatch.setattr(sys.modules["fxquant.prepare"], "has_vnni", lambda: False)
+    x = torch.randn(4, 3, 12, 12)
+    assert widths(fq.prepare(mobile(), [fq.Rule("*", 8, 8)], calibration=[x], backend="qnnpack")) == [(8, 8)] * 3
+    assert widths(fq.prepare(mobile(), [fq.Rule("*", 4, 8)], calibration=[x], backend="x86")) == [(4, 8)] * 3
+
+
+def test_a_layer_that_reads_an_edge_of_its_own_width_shares_its_quantizer():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8, 8))
+
+        def forward(self, x):
+            x = F.relu(self.a(x))
+            return (self.c(F.relu(self.b(x) + x)) + x).mean((2, 3))
+
+    x = torch.randn(4, 3, 12, 12)
+    wide = fq.prepare(Block(), [fq.Rule("*", 8, 8)], calibration=[x])
+    assert wide.b.input_fake_quant is wide.get_submodule("a_edge")
+    assert wide.c.input_fake_quant is wide.get_submodule("relu_1_edge")
+    narrow = fq.prepare(Block(), [fq.Rule("*", 4, 4)], calibration=[x])
+    assert narrow.b.input_fake_quant is not narrow.get_submodule("a_edge")
+    wide(x).sum().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in wide.parameters())
+    for prepared in (wide, narrow):
+        fq.freeze(prepared)
+        reference = fq.convert(prepared)
+        assert fq.verify(prepared, reference, [x, 3 * x]).reference_equals_fake_quant
+    assert not hasattr(fq.convert(wide), "b_quantize")  # reads the codes of the edge
+    assert hasattr(fq.convert(narrow), "b_quantize")
