@@ -323,7 +323,8 @@ def test_a_process_sleeps_when_idle_and_its_death_is_a_reason():
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     job = bench.of_model("test_resnet", 32, tmp_path_factory.mktemp("bench"))
-    for name in (FLOAT, FLOAT_ONNX, artefacts.reference_file(4, "x86")):
+    profiles = (artefacts.reference_file(4, name) for name in ("x86", "onnxruntime"))
+    for name in (FLOAT, FLOAT_ONNX, *profiles):
         artefacts.build(name, job)
     return job
 

@@ -56,7 +56,9 @@ def test_shortcuts_take_every_other_pixel_and_new_channels_are_zero():
 
 
 def test_prepare_quantizes_all_twenty_layers_and_every_sum():
-    model = fq.prepare(create_model("resnet20"), RULES, example_inputs=(torch.randn(2, 3, 32, 32),), backend="onnxruntime")
+    model = fq.prepare(
+        create_model("resnet20"), RULES, example_inputs=(torch.randn(2, 3, 32, 32),), backend="onnxruntime"
+    )
     layers = cost.qat_layers(model)
     assert len(layers) == 20
     named = dict(model.named_modules())

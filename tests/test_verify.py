@@ -138,7 +138,7 @@ def test_a_corrupted_lowered_model_is_found(lowered):
 
 def test_a_wrong_classifier_is_found(lowered):
     reference, backend, model = lowered
-    model.get_submodule(f"fc_rescale_{backend}").bias.add_(torch.arange(10, dtype=torch.int32) * 3000)
+    model.get_submodule(f"fc_rescale_{backend}").bias.add_(torch.arange(10, dtype=torch.int32) * 1_000_000)
     report = fq.verify(None, reference, held_out(), lowered={backend: model})
     with pytest.raises(ParityError, match=f"lowered to {backend}"):
         report.raise_on_failure()
