@@ -402,8 +402,8 @@ def test_a_recipe_for_imagenet_runs_a_short_epoch_on_generated_images(name, imag
     model = load_recipe(RECIPES / f"{name}.toml").model.name
     size = fxquant.timm.resolve_model_data_config(fxquant.timm.create_model(model))["input_size"][-1]
     torch.save(settled(fxquant.timm.create_model(model, num_classes=3), random_images(size)).state_dict(), weights)
-    options = f"model.options={{num_classes=3, checkpoint_path='{weights}'}}"
-    recipe = load_recipe(RECIPES / f"{name}.toml", [*overrides, options])
+    overrides += ["model.options.num_classes=3", f"model.options.checkpoint_path='{weights}'"]
+    recipe = load_recipe(RECIPES / f"{name}.toml", overrides)
     outcome = run(recipe, tmp_path / "run")
     assert outcome.report.reference_equals_fake_quant
     budget = recipe.built_budget()
