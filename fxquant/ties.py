@@ -193,12 +193,13 @@ def _levels(quantizer: Estimator) -> Tensor:
     return codes.to(quantizer.frozen_scale.device) - _zero(quantizer)
 
 
-def _near_a_tie(steps: Tensor, quantizer: Estimator, margin: float = _MARGIN) -> int:
-    """How many of ``steps`` (float64, values over the scale) lie by half a code that the grid has."""
+def _near_a_tie(steps: Tensor, quantizer: Estimator, reach: Tensor | None = None) -> int:
+    """How many of ``steps`` (float64, values over the scale) lie within ``reach`` of a tie between codes of the grid;
+    by default within the roundings of a value of that size."""
     zero = _zero(quantizer).to(torch.float64)
+    reach = _MARGIN * (steps.abs() + zero.abs() + 1) if reach is None else reach
     inside = (steps + zero > quantizer.quant_min) & (steps + zero < quantizer.quant_max)
-    distance = (steps - torch.floor(steps) - 0.5).abs()
-    return int((inside & (distance < margin * (steps.abs() + zero.abs() + 1))).sum())
+    return int((inside & ((steps - torch.floor(steps) - 0.5).abs() < reach)).sum())
 
 
 def _ties_of_values(values: Tensor, quantizer: Estimator) -> int:
@@ -209,13 +210,10 @@ def _ties_of_sums(left: Estimator, right: Estimator, quantizer: Estimator) -> in
     a = _levels(left).to(torch.float64) * _scale(left).to(torch.float64)
     b = _levels(right).to(torch.float64) * _scale(right).to(torch.float64)
     scale = _scale(quantizer).to(torch.float64)
-    steps = ((a.reshape(-1, 1) + b) / scale).flatten()
     # The operands are rounded before their sum is, so what counts is their size, not the sum's.
-    size = ((a.abs().reshape(-1, 1) + b.abs()) / scale).flatten()
-    zero = _zero(quantizer).to(torch.float64)
-    inside = (steps + zero > quantizer.quant_min) & (steps + zero < quantizer.quant_max)
-    distance = (steps - torch.floor(steps) - 0.5).abs()
-    return int((inside & (distance < _MARGIN / 2 * (size + zero.abs() + 1))).sum())
+    size = (a.abs().reshape(-1, 1) + b.abs()) / scale
+    reach = _MARGIN / 2 * (size + _zero(quantizer).to(torch.float64).abs() + 1)
+    return _near_a_tie((a.reshape(-1, 1) + b) / scale, quantizer, reach)
 
 
 def _ties_of_products(left: Estimator, right: Estimator, quantizer: Estimator) -> int:
@@ -262,7 +260,6 @@ def _move_channels(layer: QATLayer, exits: list[Estimator]) -> int:
         hopeless &= fewest[open_] < _DISAGREE
         open_ = open_[(fewest[open_] > 0) & ~hopeless]
     layer.scale_shift.copy_(best)
-    layer._integer = None
     return int((fewest // _DISAGREE).sum())
 
 

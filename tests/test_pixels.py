@@ -13,6 +13,7 @@ from fxquant.data import open_data
 from fxquant.errors import EmptyDataError, FxQuantError, SpecError
 from fxquant.pixels import Augmentation, PixelBatches, Pixels, kept_for_validation, read_cifar10
 from fxquant.timm import create_model, resolve_model_data_config
+from tests.test_data import passes, same
 
 CLASSES = ["cat", "dog", "ship"]
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -47,18 +48,6 @@ def opened(root, **options):
         "config": resolve_model_data_config(create_model("resnet20")),
     } | options  # fmt: skip
     return open_data(name="cifar10", dir=str(root), **options)
-
-
-def passes(loader, *epochs):
-    out = []
-    for epoch in epochs:
-        loader.epoch = epoch
-        out.append([(images.clone(), labels) for images, labels in loader])
-    return out
-
-
-def same(a, b):
-    return all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b, strict=True))
 
 
 def equal(a, b):

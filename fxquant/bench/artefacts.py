@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
 from ..convert import convert
-from ..errors import FxQuantError, SpecError, UnknownNameError
+from ..errors import SpecError, UnknownNameError
 from ..freeze import freeze
 from ..lower import packed
-from ..lower.onnx import OPSET, require_packages
+from ..lower.onnx import export_program, require_packages
 from ..prepare import prepare, prepared_info
 from ..spec import Rule
 from ..synthetic import random_images, settled
@@ -98,23 +97,7 @@ def _build_float(job: Job) -> None:
 
 def _build_float_onnx(job: Job) -> None:
     require_packages("onnx", "onnxscript")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's exporter, about its own inside
-            torch.onnx.export(
-                job.float_model(),
-                (job.batch(2),),
-                job.file(FLOAT_ONNX),
-                input_names=["images"],
-                output_names=["logits"],
-                dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                external_data=False,
-                verbose=False,
-            )
-    except Exception as error:  # whatever an operator that ONNX has no form for makes of the exporter
-        raise FxQuantError(f"torch cannot export {job.model} to ONNX: {str(error).splitlines()[0]}") from error
+    export_program(job.float_model(), job.batch(2), job.file(FLOAT_ONNX), job.model)
 
 
 def _build_reference(name: str, job: Job) -> None:

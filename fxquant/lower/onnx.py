@@ -11,10 +11,10 @@ What runtimes fuse into integer kernels, and what they compute wrongly or slowly
 * biases are int32 at the scale of the sums.
 
 onnxruntime requantizes by one float32 multiplier, ``s_x * s_w / s_y``, where the reference multiplies by ``s_x * s_w``
-and then by ``1 / s_y``: about one code in a million lies so near a tie that the two round it apart, by one.
+and then by ``1 / s_y``; :mod:`fxquant.ties` has moved the scales to where the two agree.
 
-OpenVINO drops the QuantizeLinear between a convolution and an addition when it fuses the two, so networks with residual
-sums differ there from what was trained.
+OpenVINO drops the QuantizeLinear between a convolution and an addition when it fuses the two. A network with residual
+sums has to be prepared for it (``backend="openvino"``), so that there is none to drop.
 """
 
 from __future__ import annotations
@@ -84,12 +84,31 @@ def export_onnx(
             f"multiple of {BLOCKS[-1]} inputs; leave it out"
         )
     example = torch.randn(2, *info.input_shape, generator=torch.Generator().manual_seed(0))
+    program = export_program(_symbolic(reference, weight_only_linear), example)
+    model = program.model_proto
+    _fit_windows(model)
+    _narrow_weights(model, two_bit)
+    onnx.checker.check_model(model, full_check=True)
+    content = model.SerializeToString()
+    write_whole(Path(path), lambda p: p.write_bytes(content))
+
+
+def export_program(model: nn.Module, example: Tensor, path: Path | None = None, what: str = "this model"):
+    """torch's ONNX program of a model from ``images`` to ``logits``, with a dynamic batch; also written to ``path``.
+
+    Args:
+        what: names the model in the message of a failure.
+
+    Raises:
+        FxQuantError: where torch cannot export an operator of the model.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's exporter, about its own inside
-            program = torch.onnx.export(
-                _symbolic(reference, weight_only_linear),
+            return torch.onnx.export(
+                model,
                 (example,),
+                path,
                 input_names=["images"],
                 output_names=["logits"],
                 dynamo=True,
@@ -99,13 +118,7 @@ def export_onnx(
                 verbose=False,
             )
     except Exception as error:  # whatever an operator that ONNX has no form for makes of the exporter
-        raise FxQuantError(f"torch cannot export this model to ONNX: {str(error).splitlines()[0]}") from error
-    model = program.model_proto
-    _fit_windows(model)
-    _narrow_weights(model, two_bit)
-    onnx.checker.check_model(model, full_check=True)
-    content = model.SerializeToString()
-    write_whole(Path(path), lambda p: p.write_bytes(content))
+        raise FxQuantError(f"torch cannot export {what} to ONNX: {str(error).splitlines()[0]}") from error
 
 
 class OnnxModel:
