@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import fx
+from typer.core import TyperGroup
 
 from . import checkpoint, report
 from .errors import FxQuantError, ParityError
@@ -26,6 +27,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train a vision model at 1 to 8 bits and ship the same integers.",
 )
+
+
+class _Bench(TyperGroup):
+    """``fxquant bench ...`` without the name of a measurement is ``fxquant bench latency ...``."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        named = args and (args[0] in self.commands or args[0] == "--help")
+        return super().parse_args(ctx, args if named else ["latency", *args])
+
+
+bench_app = typer.Typer(cls=_Bench, help="Measure: latency and size (when nothing else is named).")
+app.add_typer(bench_app, name="bench")
 out = Console(soft_wrap=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -197,8 +210,8 @@ def coverage_command(
     out.print(coverage.summary(rows), markup=False, highlight=False)
 
 
-@app.command("bench")
-def bench_command(
+@bench_app.command("latency")
+def bench_latency(
     source: Annotated[
         Path | None, typer.Argument(metavar="[RUN]", help="a finished run, in place of --model", show_default=False)
     ] = None,

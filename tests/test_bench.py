@@ -91,8 +91,9 @@ def test_lists_of_numbers():
         (["--model", "test_resnet", "--image-size", "0"], "at least 1"),
     ],
 )
-def test_arguments_that_make_no_sense(arguments, words):
-    done = CliRunner().invoke(app, ["bench", *arguments])
+@pytest.mark.parametrize("named", [[], ["latency"]])
+def test_arguments_that_make_no_sense(named, arguments, words):
+    done = CliRunner().invoke(app, ["bench", *named, *arguments])
     assert isinstance(done.exception, FxQuantError)
     assert words in str(done.exception)
 
