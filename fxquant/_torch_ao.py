@@ -28,6 +28,7 @@ try:
         disable_observer,
         get_default_qat_qconfig_mapping,
     )
+    from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize as LearnableFakeQuantize
     from torch.ao.quantization.backend_config import (
         BackendConfig,
         BackendPatternConfig,
@@ -59,6 +60,7 @@ __all__ = [
     "DTypeConfig",
     "FakeQuantizeBase",
     "FusedMovingAvgObsFakeQuantize",
+    "LearnableFakeQuantize",
     "MovingAverageMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",
     "ObservationType",

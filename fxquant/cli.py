@@ -37,7 +37,7 @@ class _Bench(TyperGroup):
         return super().parse_args(ctx, args if named else ["latency", *args])
 
 
-bench_app = typer.Typer(cls=_Bench, help="Measure: latency and size (when nothing else is named).")
+bench_app = typer.Typer(cls=_Bench, help="Measure: latency and size (when nothing else is named), or a training step.")
 app.add_typer(bench_app, name="bench")
 out = Console(soft_wrap=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -252,6 +252,38 @@ def bench_latency(
     for table in command.tables(result):
         out.print(table)
     for line in (*command.remarks(result), *command.write(result, output)):
+        out.print(line, markup=False, highlight=False)
+
+
+@bench_app.command("step")
+def bench_step(
+    model: Annotated[str, typer.Option(help="a timm model, with random weights")],
+    image_size: Annotated[int, typer.Option(help="pixels a side; 0 is the model's own")] = 0,
+    batch: Annotated[int, typer.Option(help="images a step")] = 32,
+    bits: Annotated[int, typer.Option(help="width of all layers but the first and last, which have 8")] = 4,
+    estimators: Annotated[str, typer.Option(help="names with commas")] = "lsq,pege,gdnsq,nipq",
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="torch.ao's fused and learnable quantizers")] = True,
+    rounds: Annotated[int, typer.Option(help="bursts of each contender")] = 10,
+    burst: Annotated[float, typer.Option(help="milliseconds a burst is to take")] = 500.0,
+    threads: Annotated[int, typer.Option(help="of torch; wall time instead of CPU time with more than one")] = 1,
+    autocast: Annotated[str, typer.Option(help="bf16 or fp16 for convolutions and products")] = "",
+    device: Annotated[str, typer.Option(help="cpu, or cuda: device events and allocated memory")] = "cpu",
+    seed: Annotated[int, typer.Option(help="of weights, images and the order of bursts")] = 0,
+    output: Annotated[Path | None, typer.Option(help="folder of step.json [default: runs/bench/<model>]")] = None,
+) -> None:
+    """Measure a training step: the float model's, torch.ao's, and that of each estimator; time and peak memory."""
+    from .bench import artefacts, step
+
+    names = step.contenders([name.strip() for name in estimators.split(",")], peers=peers)
+    job = step.StepJob(model, image_size, batch, bits, threads, seed, autocast, device)
+    settings = step.StepSettings(rounds, burst)
+    artefacts.of_model(model, image_size or None, Path())  # the name and the size, before processes are started
+    with out.status("bench step") as status:
+        result = step.measure(job, names, settings, status.update if out.is_terminal else err.print)
+    file = (output or Path("runs") / "bench" / model) / "step.json"
+    write_json(file, result.to_json())
+    out.print(result.table())
+    for line in (*result.remarks(), f"written to {file}"):
         out.print(line, markup=False, highlight=False)
 
 

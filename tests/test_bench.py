@@ -301,7 +301,7 @@ def test_a_worker_without_a_package_says_that_it_is_absent(monkeypatch):
 
 
 def test_a_process_sleeps_when_idle_and_its_death_is_a_reason():
-    process = processes._Process(threads=1)
+    process = processes.Process(threads=1)
     try:
         with pytest.raises(WorkerError, match="KeyError"):
             process.ask({"no": "job"}, 60)

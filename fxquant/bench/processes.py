@@ -37,7 +37,7 @@ class Worker:
     """A process that opens one contender, then waits to be asked for bursts."""
 
     def __init__(self, job: Job, contender: Contender):
-        self._process = _Process(job.threads)
+        self._process = Process(job.threads)
         try:
             opened = self._process.ask({"job": asdict(job), "contender": asdict(contender)}, _OPEN_SECONDS)
         except WorkerError:
@@ -65,7 +65,7 @@ class Builder:
     def __init__(self, job: Job, made: Sequence[str] = ()):
         self._job = job
         self._made: dict[str, WorkerError | None] = dict.fromkeys(made)
-        self._process: _Process | None = None
+        self._process: Process | None = None
 
     def require(self, name: str) -> None:
         """Make a file if it is not there.
@@ -79,7 +79,7 @@ class Builder:
             raise error
 
     def _make(self, name: str) -> WorkerError | None:
-        self._process = self._process or _Process(self._job.threads)
+        self._process = self._process or Process(self._job.threads)
         try:
             self._process.ask({"job": asdict(self._job), "build": name}, _OPEN_SECONDS)
         except WorkerError as error:
@@ -93,14 +93,14 @@ class Builder:
         self._process = None
 
 
-class _Process:
-    """``python -m fxquant.bench``, asked over pipes."""
+class Process:
+    """``python -m`` of a module that answers, asked over pipes."""
 
-    def __init__(self, threads: int):
+    def __init__(self, threads: int, module: str = "fxquant.bench"):
         count = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fxquant.bench"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

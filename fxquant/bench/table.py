@@ -25,10 +25,10 @@ def tables(result: Result) -> Iterator[Table]:
             table.add_row(
                 entry.name,
                 f"{entry.size / 2**20:.2f}",
-                _digits(own.median),
-                f"{_digits(own.lower)}-{_digits(own.upper)}",
-                _times(result.speed(entry, ORT, batch)),
-                _times(result.speed(entry, EAGER, batch)),
+                digits(own.median),
+                f"{digits(own.lower)}-{digits(own.upper)}",
+                times(result.speed(entry, ORT, batch)),
+                times(result.speed(entry, EAGER, batch)),
             )
         yield table
 
@@ -51,9 +51,11 @@ def remarks(result: Result) -> list[str]:
     return lines
 
 
-def _digits(milliseconds: float) -> str:
+def digits(milliseconds: float) -> str:
+    """Three digits, or all before the point."""
     return f"{milliseconds:.3g}" if milliseconds < 100 else f"{milliseconds:.0f}"
 
 
-def _times(ratio: float | None) -> str:
+def times(ratio: float | None) -> str:
+    """A ratio, or a dash for none."""
     return "-" if ratio is None else f"{ratio:.2f}"

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from typing import IO, Any
 
 import torch
@@ -25,28 +26,40 @@ _WARM_CALLS = 3
 
 def main() -> None:
     """Serve the parent until it closes the pipe."""
-    # What libraries print must not be taken for an answer.
+    serve(sys.stdin, claim_output())
+
+
+def claim_output() -> IO[str]:
+    """The pipe to the parent. What libraries print goes to the standard error, and is not taken for an answer."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     warnings.filterwarnings("ignore")
     torch.set_num_interop_threads(1)
-    serve(sys.stdin, channel)
+    return channel
 
 
 def serve(requests: IO[str], answers: IO[str]) -> None:
-    """Answer requests, line by line; an error becomes an answer with ``failed``."""
+    """Open a contender at the first request, time it at those that follow."""
     timing: Timing | None = None
+
+    def respond(request: dict[str, Any]) -> dict[str, Any]:
+        nonlocal timing
+        if "build" in request:
+            build(request["build"], _job(request))
+            return {}
+        if timing is None:
+            timing = Timing(_open(request), _job(request))
+            return {"size": timing.opened.size, "note": timing.opened.note}
+        return timing(request)
+
+    answer_all(requests, answers, respond)
+
+
+def answer_all(requests: IO[str], answers: IO[str], respond: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Answer requests, line by line; an error becomes an answer with ``failed``."""
     for line in requests:
         try:
-            request = json.loads(line)
-            if "build" in request:
-                build(request["build"], _job(request))
-                answer = {}
-            elif timing is None:
-                timing = Timing(_open(request), _job(request))
-                answer = {"size": timing.opened.size, "note": timing.opened.note}
-            else:
-                answer = timing(request)
+            answer = respond(json.loads(line))
         except ImportError as error:
             answer = {"absent": _reason(error)}
         except Exception as error:  # of any runtime, on any model: the row's reason
