@@ -9,6 +9,7 @@ import torch
 
 from fxquant import grid
 from fxquant.errors import SpecError
+from fxquant.estimators.functions import BinaryFunction
 
 
 def test_doctests():
@@ -91,7 +92,7 @@ def test_binary_gradients():
     """To x inside the two cells, |x| <= 2s, scaled by the residual in steps of 2s; to s the level, everywhere."""
     x = torch.tensor([-1.5, -0.9, -0.1, 0.0, 0.9, 1.1], requires_grad=True)
     s = torch.tensor(0.5, requires_grad=True)
-    out = grid.FakeQuantizeFunction.apply(x, s, torch.tensor(0.0), -1, 1, True, 0.5, False, 1.0)
+    out = BinaryFunction.apply(x, s, 0.5)
     assert out.tolist() == [-0.5, -0.5, -0.5, 0.5, 0.5, 0.5]
     grad = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     out.backward(grad)

@@ -13,6 +13,7 @@ from .. import grid, ranges
 from .._torch_ao import FakeQuantizeBase
 from ..errors import SpecError
 from ..schedule import Schedule
+from .functions import BinaryFunction, StraightThroughFunction
 
 Bits = int | tuple[int, int]
 
@@ -274,6 +275,10 @@ class Estimator(FakeQuantizeBase):
     def _viewed(self, parameter: Tensor, x: Tensor) -> Tensor:
         return grid.channel_view(parameter, x.ndim, self.axis)
 
+    def _shift(self, x: Tensor, levels: Tensor | float | None = None) -> Tensor | None:
+        """:meth:`zero_point`, shaped against ``x``; None on a grid whose zero-point is 0."""
+        return self._viewed(self.zero_point(levels), x) if self.grid_scheme == "affine" else None
+
     # ---- calibration -------------------------------------------------------------------------------------
 
     def start_calibration(self) -> None:
@@ -400,27 +405,13 @@ class LearnedStep(Estimator):
         self.log2_scale.copy_(torch.log2(self._safe_width(low, high) / steps))
         self._set_zero_fraction(low, high)
 
-    def straight_through(
-        self,
-        x: Tensor,
-        delta: float = 0.0,
-        noise_gradient: bool = False,
-        gradient_scale: float = 1.0,
-        replaced: Tensor | None = None,
-    ) -> Tensor:
-        """Quantize with the gradients of :class:`fxquant.grid.FakeQuantizeFunction`."""
-        return grid.FakeQuantizeFunction.apply(
-            x,
-            self._viewed(self.scale(), x),
-            self._viewed(self.zero_point(), x),
-            self.quant_min,
-            self.quant_max,
-            self.binary,
-            delta,
-            noise_gradient,
-            gradient_scale,
-            replaced,
-        )
+    def straight_through(self, x: Tensor, delta: float = 0.0, gradient_scale: float = 1.0) -> Tensor:
+        """Quantize with the gradients of :class:`fxquant.estimators.functions.StraightThroughFunction`."""
+        scale = self._viewed(self.scale(), x)
+        if self.binary:
+            return BinaryFunction.apply(x, scale, delta, gradient_scale)
+        zero = self._shift(x)
+        return StraightThroughFunction.apply(x, scale, zero, self.quant_min, self.quant_max, delta, gradient_scale)
 
     def step_gradient_scale(self, x: Tensor) -> float:
         """LSQ's ``1 / sqrt(n * qmax)``, n the elements that share one step (arXiv 1902.08153, section 2.2).

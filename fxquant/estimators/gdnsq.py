@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..errors import SpecError
 from ..schedule import Schedule, linear
 from .base import Bits, LearnedStep
+from .functions import EDGE, between, is_at_hand
 
 _MARGIN = 1e-3
 
@@ -168,10 +169,9 @@ class GDNSQ(LearnedStep):
     def train_forward(self, x: Tensor) -> Tensor:
         if not self.learns_width:
             return self.straight_through(x)
-        if self.scheme != "symmetric":
-            low, high = (self._viewed(end, x) for end in self.range())
-            x = torch.clamp(x, low, high)  # the range learns from what it cuts off
-        return self.straight_through(x, noise_gradient=self.noise_gradient)
+        scale = self._viewed(self.scale(), x)
+        low, high = (None, None) if self.scheme == "symmetric" else (self._viewed(end, x) for end in self.range())
+        return NoiseScaleFunction.apply(x, scale, low, high, self.noise_gradient)
 
     def _quantize(self, x: Tensor, step: Tensor, zero: Tensor) -> Tensor:
         if self.learns_width and self.scheme != "symmetric":
@@ -211,3 +211,55 @@ class GDNSQ(LearnedStep):
     def _read_flags(self) -> None:
         super()._read_flags()
         self._refit = bool(getattr(self, "refit", False))
+
+
+class NoiseScaleFunction(torch.autograd.Function):
+    """Clamp to a range that learns from what it cuts off, round; the step's gradient is that of a noise scale.
+
+    Gradients, r being the rounding residual in steps: to x, g inside of ``[low, high]``, 0 outside; to ``low`` and
+    ``high`` the sum of g over what they cut off; to s, ``sum(g·e)/sqrt(12)`` with random signs e in the place of r.
+    That sum is drawn as what it tends to, a normal number times ``sqrt(sum(g²)/12)``: mean and variance are the same,
+    and no sign has to be drawn for each element. Without ``noise_gradient`` it is ``sum(g·r)``.
+
+    ``low`` and ``high`` are None where nothing lies outside. No level is cut off: rounding keeps the order, so the ends
+    of the range bound the levels.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, low, high, noise_gradient):
+        clamped = x if low is None else _clamp(x, low, high)
+        out = (clamped * (1.0 / scale)).round_().mul_(scale)
+        ctx.save_for_backward(x, out, scale, low, high)
+        ctx.noise_gradient = noise_gradient
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, out, scale, low, high = ctx.saved_tensors
+        grad_x, grad_scale, grad_low, grad_high = grad, None, None, None
+        if low is not None:
+            reach = EDGE * scale
+            grad_x = _between(grad, x, low - reach, high + reach)
+            grad_high = _between(grad, x, high + reach, torch.full_like(high, torch.inf)).sum_to_size(high.shape)
+            grad_low = grad.sum_to_size(low.shape) - grad_x.sum_to_size(low.shape) - grad_high
+        if ctx.noise_gradient:
+            size = grad.square().sum_to_size(scale.shape).mul_(1 / 12).sqrt_()
+            grad_scale = size * torch.randn_like(size)
+        else:
+            clamped = x if low is None else _clamp(x, low, high)
+            grad_scale = (out - clamped).mul_(grad).sum_to_size(scale.shape) / scale
+        return grad_x, grad_scale, grad_low, grad_high, None
+
+
+def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """``x`` between two ends that broadcast against it, in a new tensor."""
+    if is_at_hand(low) and is_at_hand(high):
+        return x.clamp(float(low), float(high))
+    return x.clamp(low, high)
+
+
+def _between(values: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """``values`` where ``low < x < high``, 0 elsewhere, in a new tensor."""
+    if is_at_hand(low) and is_at_hand(high):
+        return between(values, x, float(low), float(high))
+    return torch.where((x > low) & (x < high), values, 0.0)

@@ -15,6 +15,7 @@ Q is the shared grid with a learned step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,16 @@ from .. import grid
 from ..errors import SpecError
 from ..schedule import Schedule, logarithmic
 from .base import Bits, Estimator, LearnedStep
+from .functions import (
+    HALF,
+    BinaryFunction,
+    clamp_levels_,
+    scale_elementwise_,
+    step_gradient,
+    to_levels,
+    where_inside,
+    zero_point_gradient,
+)
 
 
 class PEGE(LearnedStep):
@@ -65,10 +76,16 @@ class PEGE(LearnedStep):
         return {"replaced": logarithmic(self.kappa, self.curriculum * total_steps)}
 
     def train_forward(self, x: Tensor) -> Tensor:
-        if self.weight:
-            self._error = self.discretization_error(x)
-        mask = torch.rand_like(x) < self.replaced if self.replaced < 1 else None
-        return self.straight_through(x, delta=self.delta, gradient_scale=self.step_gradient_scale(x), replaced=mask)
+        scale, step_gradient_scale = self._viewed(self.scale(), x), self.step_gradient_scale(x)
+        if self.binary:
+            self._error = self.discretization_error(x) if self.weight else None
+            mask = _bernoulli(x, self.replaced) > 0 if self.replaced < 1 else None
+            return BinaryFunction.apply(x, scale, self.delta, step_gradient_scale, mask)
+        bounds = self._shift(x), self.quant_min, self.quant_max
+        out, self._error = ProgressiveFunction.apply(
+            x, scale, *bounds, self.delta, step_gradient_scale, self.replaced, bool(self.weight)
+        )
+        return out
 
     def discretization_error(self, x: Tensor) -> Tensor:
         """``mean(((x - Q(x))/Δ)²)``, a scalar; differentiable in x, with Δ held (a larger step is no cure)."""
@@ -88,3 +105,60 @@ class PEGE(LearnedStep):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_error": None}  # a live graph cannot be copied
+
+
+class ProgressiveFunction(torch.autograd.Function):
+    """Quantize a share of the elements, and tell how far all are from the grid: output and discretization error.
+
+    Gradients are those of :class:`fxquant.estimators.functions.StraightThroughFunction` on what is replaced, and g on
+    what is not: there the residual, taken from the output, is 0. The error is ``mean((u - level)²)``, a scalar (None
+    where it is not asked for); its gradient to x holds s.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, delta, gradient_scale, replaced, with_error):
+        bounds = zero_point, quant_min, quant_max
+        u = x * (1.0 / scale)
+        levels = clamp_levels_(u.round(), *bounds)
+        error = torch.linalg.vector_norm(u - levels).square() / x.numel() if with_error else None
+        if replaced < 1:
+            # In units of the step a number and its level are so near that their difference is exact.
+            u = clamp_levels_(u, *bounds)
+            out = u.add_(levels.sub_(u).mul_(_bernoulli(x, replaced))).mul_(scale)
+        else:
+            out = levels.mul_(scale)
+        ctx.save_for_backward(x, out, scale, zero_point)
+        ctx.set_materialize_grads(False)
+        ctx.options = quant_min, quant_max, delta, gradient_scale
+        return out, error
+
+    @staticmethod
+    def backward(ctx, grad, grad_error):
+        x, out, scale, zero_point = ctx.saved_tensors
+        quant_min, quant_max, delta, gradient_scale = ctx.options
+        grad_x = grad_scale = grad_zero = None
+        if grad is not None:
+            grad_x = where_inside(grad, x, scale, zero_point, quant_min - HALF, quant_max + HALF)
+            if ctx.needs_input_grad[1]:
+                grad_scale = step_gradient(grad, grad_x, x, out, scale) * gradient_scale
+            if ctx.needs_input_grad[2]:
+                grad_zero = zero_point_gradient(grad, grad_x, scale, zero_point)
+            if delta:
+                scale_elementwise_(grad_x, x, out, scale, delta)
+        if grad_error is not None:
+            nearest = to_levels(x, scale, zero_point, quant_min, quant_max).mul_(scale)
+            distance = nearest.sub_(x).mul_(grad_error * (-2.0 / x.numel()) / scale.square())
+            grad_x = distance if grad_x is None else grad_x.add_(distance)
+        return grad_x, grad_scale, grad_zero, *[None] * 6
+
+
+def _bernoulli(like: Tensor, share: float) -> Tensor:
+    """1 with probability ``share``, else 0, a tensor like ``like``.
+
+    From a byte of random bits each, a quarter of what a float of its own costs to draw; the threshold of all, a whole
+    number of 256ths, is itself drawn such that the probability is exact.
+    """
+    words = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=like.device).random_(-(2**63), None)
+    drawn = words.view(torch.uint8)[: like.numel()].view(like.shape).to(like.dtype)
+    threshold = math.floor(256 * share + float(torch.rand(())))
+    return drawn.lt_(threshold)

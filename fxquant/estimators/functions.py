@@ -1,0 +1,144 @@
+"""The autograd functions that estimators share, and what they are built from.
+
+A training step is bound by memory, so these keep to few passes over it: in place on buffers of their own, in float,
+without masks (a ``torch.where`` on a mask takes five times a multiplication). A backward is given ``x`` and the output,
+which the neighbouring layers keep anyway, and computes residuals anew from them: nothing else is saved. No tensor is
+read by the host, but for single values that are in its memory already.
+
+Throughout, ``s`` is the step, ``u = x/s``, and a level is a code less the zero-point.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALF = 0.5
+"""What rounds to a code is inside of a range: half a step beyond the ends is, too (LSQ, arXiv 1902.08153)."""
+
+EDGE = 1e-4
+"""In steps; by so much an end may be passed in float32 by what lies on it."""
+
+
+def is_at_hand(value: Tensor) -> bool:
+    """Whether the host can read a value without waiting for a device: a single one, in its own memory."""
+    return value.numel() == 1 and value.device.type == "cpu"
+
+
+def clamp_levels_(levels: Tensor, zero_point: Tensor | None, low: float, high: float) -> Tensor:
+    """``clamp(levels + z, low, high) - z``, in place; ``None`` is a zero-point of 0."""
+    if zero_point is None:
+        return levels.clamp_(low, high)
+    if is_at_hand(zero_point):
+        zero = float(zero_point)
+        return levels.clamp_(low - zero, high - zero)
+    return levels.clamp_(low - zero_point, high - zero_point)
+
+
+def to_levels(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: float, high: float) -> Tensor:
+    """The levels of ``x`` in a new tensor: :func:`fxquant.grid.quantize` less the zero-point, bit for bit."""
+    return clamp_levels_(torch.mul(x, 1.0 / scale).round_(), zero_point, low, high)
+
+
+def where_inside(
+    values: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: float, high: float
+) -> Tensor:
+    """``values`` where ``low < x/s + z < high``, 0 elsewhere, in a new tensor."""
+    if is_at_hand(scale) and (zero_point is None or is_at_hand(zero_point)):
+        zero = 0.0 if zero_point is None else float(zero_point)
+        return between(values, x, (low - zero) * float(scale), (high - zero) * float(scale))
+    u = x * (1.0 / scale)
+    return between(values, u if zero_point is None else u.add_(zero_point), low, high)
+
+
+def between(values: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """``values`` where ``low < x < high``, 0 elsewhere: torch's one vectorised kernel that selects without a mask."""
+    return torch.ops.aten.hardtanh_backward(values, x, low, high)
+
+
+def step_gradient(grad: Tensor, grad_inside: Tensor, x: Tensor, out: Tensor, scale: Tensor) -> Tensor:
+    """``sum(g·t)`` for each scale, t being ``(out - x)/s`` inside and the level ``out/s`` outside.
+
+    Both differences are taken element by element, so that no large sums cancel.
+    """
+    return (grad * out).addcmul_(grad_inside, x, value=-1).sum_to_size(scale.shape) / scale
+
+
+def zero_point_gradient(grad: Tensor, grad_inside: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """``-s·sum(g)`` over what is outside, for each zero-point; inside, it cancels."""
+    return (grad_inside - grad).mul_(scale).sum_to_size(zero_point.shape)
+
+
+def scale_elementwise_(grad: Tensor, x: Tensor, out: Tensor, cell: Tensor, delta: float) -> Tensor:
+    """``g·(1 + δ·sign(g)·(x - out)/cell)``, in place: EWGS (CVPR 2021, arXiv 2104.00903, equation 6)."""
+    return grad.addcmul_(grad.abs(), (x - out).mul_(1.0 / cell), value=delta)
+
+
+class StraightThroughFunction(torch.autograd.Function):
+    """Quantize and dequantize with the straight-through family of gradients.
+
+    With the rounding residual ``r = round(u) - u`` (in steps), incoming gradient ``g``:
+
+    * to ``x``: ``g·(1 + delta·sign(g)·(-r))`` inside the range, 0 outside. ``delta = 0`` is the plain straight-through
+      estimator, ``delta > 0`` the element-wise scaling of EWGS.
+    * to ``s``: ``gradient_scale·sum(g·t)`` with ``t = r`` inside and the level outside (LSQ, equation 3).
+    * to ``z``: ``-s·g`` summed over the elements outside.
+
+    ``x`` and the result have one shape; ``scale`` and ``zero_point`` (``None`` for 0) broadcast against it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, delta=0.0, gradient_scale=1.0):
+        out = to_levels(x, scale, zero_point, quant_min, quant_max).mul_(scale)
+        ctx.save_for_backward(x, out, scale, zero_point)
+        ctx.options = quant_min, quant_max, delta, gradient_scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, out, scale, zero_point = ctx.saved_tensors
+        quant_min, quant_max, delta, gradient_scale = ctx.options
+        grad_x = where_inside(grad, x, scale, zero_point, quant_min - HALF, quant_max + HALF)
+        grad_scale = grad_zero = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = step_gradient(grad, grad_x, x, out, scale) * gradient_scale
+        if ctx.needs_input_grad[2]:
+            grad_zero = zero_point_gradient(grad, grad_x, scale, zero_point)
+        if delta:
+            scale_elementwise_(grad_x, x, out, scale, delta)
+        return grad_x, grad_scale, grad_zero, None, None, None, None
+
+
+class BinaryFunction(torch.autograd.Function):
+    """The grid of two levels, ``-s`` and ``+s``: its range is their two cells, ``|x| <= 2s``.
+
+    Gradients are those of :class:`StraightThroughFunction`, with the residual in steps of ``2s``, and to ``s`` the
+    level everywhere. Where ``replaced`` (bool) is given and False, an element inside stays the number it is, clamped to
+    the levels, with the plain gradient ``g`` and none to ``s`` (PEGE).
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, delta=0.0, gradient_scale=1.0, replaced=None):
+        out = torch.copysign(scale, torch.where(x == 0, 0.0, x))
+        kept = None
+        if replaced is not None:
+            kept = (x.abs() <= 2 * scale) & ~replaced
+            out = torch.where(kept, torch.clamp(x, -scale, scale), out)
+        ctx.save_for_backward(x, out, scale, kept)
+        ctx.options = delta, gradient_scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, out, scale, kept = ctx.saved_tensors
+        delta, gradient_scale = ctx.options
+        grad_x = where_inside(grad, x, scale, None, -2 - EDGE, 2 + EDGE)
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            product = grad * out
+            grad_scale = (product if kept is None else product.masked_fill_(kept, 0.0)).sum_to_size(scale.shape)
+            grad_scale = grad_scale / scale * gradient_scale
+        if delta:
+            residual_from = x if kept is None else torch.where(kept, out, x)
+            scale_elementwise_(grad_x, residual_from, out, 2 * scale, delta)
+        return grad_x, grad_scale, None, None, None
