@@ -1,0 +1,93 @@
+"""What a recipe names, built: the float model, its data, the prepared model, the optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+
+from ..data import Data, open_data
+from ..errors import FxQuantError, UnknownNameError
+from ..prepare import prepare
+from ..recipe import Recipe
+
+
+def build_model(recipe: Recipe) -> nn.Module:
+    """The float timm model of a recipe.
+
+    Raises:
+        UnknownNameError: for a name that timm does not have, with the nearest.
+        FxQuantError: for options it does not take, or weights that cannot be loaded.
+    """
+    from .. import timm
+
+    names = timm.list_models()
+    if recipe.model.name.split(".")[0] not in names:
+        raise UnknownNameError("timm model", recipe.model.name, names)
+    section = recipe.model
+    pretrained = section.pretrained and section.checkpoint is None
+    loads = pretrained or "checkpoint_path" in section.options
+    try:
+        model = timm.create_model(section.name, pretrained=pretrained, **section.options)
+    except Exception as error:  # whatever the model's own code makes of its arguments
+        reason = _in_short(error)
+        if loads and not isinstance(error, (TypeError, ValueError, AssertionError)):
+            raise FxQuantError(
+                f"the weights of {section.name} cannot be loaded ({reason}). Pretrained ones come over the "
+                "network once, where there are any; weights in a file are taken with model.checkpoint = FILE"
+            ) from error
+        raise FxQuantError(f"timm cannot build {section.name} with {section.options} ({reason})") from error
+    if section.checkpoint is not None:
+        _load_weights(model, section.name, Path(section.checkpoint).expanduser())
+    return model
+
+
+def _load_weights(model: nn.Module, name: str, path: Path) -> None:
+    """Load a file of weights strictly, without running anything that may be in it."""
+    from .. import timm
+
+    if not path.is_file():
+        raise FxQuantError(f"model.checkpoint = {str(path)!r} is no file; give one with the weights of {name}")
+    try:
+        timm.load_checkpoint(model, str(path), strict=True, weights_only=True)
+    except Exception as error:  # whatever a damaged or foreign file makes the readers stumble over
+        raise FxQuantError(
+            f"the weights of {name} cannot be loaded from model.checkpoint = {str(path)!r} ({_in_short(error)}). "
+            "It takes a state dict of the same model, written by torch.save or safetensors"
+        ) from error
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def make_optimizer(groups: list[dict], name: str) -> torch.optim.Optimizer:
+    """timm's optimizer of that name over parameter groups that carry their own lr and weight_decay."""
+    from .. import timm
+
+    try:
+        return timm.create_optimizer_v2(groups, opt=name, lr=groups[0]["lr"], weight_decay=0.0)
+    except (ValueError, AssertionError) as error:
+        raise FxQuantError(f"optimizer {name!r} was asked for, which timm does not make: {error}") from None
+
+
+def model_and_data(recipe: Recipe) -> tuple[nn.Module, Data]:
+    """A recipe's model, without pretrained weights, and its data set, transformed as that model wants it."""
+    from .. import timm
+
+    bare = {key: value for key, value in recipe.model.options.items() if key != "checkpoint_path"}
+    section = recipe.model.model_copy(update={"pretrained": False, "checkpoint": None, "options": bare})
+    model = build_model(recipe.model_copy(update={"model": section}))
+    return model, open_data(**recipe.data.model_dump(), config=timm.resolve_model_data_config(model))
+
+
+def prepared_without_data(recipe: Recipe, model: nn.Module, data: Data) -> fx.GraphModule:
+    """A recipe's prepared model with the right structure and no ranges yet, to load a file into."""
+    return prepare(
+        model,
+        recipe.built_rules(),
+        example_inputs=(data.example,),
+        backend=recipe.quantization.backend,
+        residual_bits=recipe.quantization.residual_bits,
+    )

@@ -1,0 +1,164 @@
+"""Epochs of one stage of training, with a checkpoint after each from which it goes on exactly."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint
+from ..data import Loader
+from ..errors import NonFiniteError
+from ..recipe import Recipe
+from ..schedule import Schedule, cosine, linear
+from .build import make_optimizer
+from .divergence import diverged
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Objective = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""(model, images, labels) to the loss and to what is shown beside the bar."""
+
+
+class Stateful(Protocol):
+    """What a checkpoint keeps beside model and optimizer; plain values and tensors."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+class History:
+    """What was shown at the last step of each epoch."""
+
+    def __init__(self):
+        self.epochs: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epochs = list(state["epochs"])
+
+
+@dataclass
+class Stage:
+    """One stage of training.
+
+    Attributes:
+        name: in progress, messages and checkpoints.
+        model: what is trained.
+        groups: parameter groups that carry their own lr and weight_decay.
+        optimizer: timm's name of it.
+        epochs: how many, over ``loader``.
+        schedule: factor of the learning rates at a step.
+        loader: training images, by epoch.
+        objective: loss of a batch.
+        after_step: called after every optimizer step.
+        kept: what the checkpoint keeps beside model and optimizer, by name.
+        history: of the epochs; it is kept as well.
+    """
+
+    name: str
+    model: nn.Module
+    groups: list[dict]
+    optimizer: str
+    epochs: int
+    schedule: Schedule
+    loader: Loader
+    objective: Objective
+    after_step: Callable[[], None] = lambda: None
+    kept: dict[str, Stateful] = field(default_factory=dict)
+    history: History = field(default_factory=History)
+
+
+class Loop:
+    """Trains stages.
+
+    Args:
+        recipe: kept in every checkpoint.
+        output: folder of the run.
+        accelerator: device and wrapping of model and optimizer.
+        progress: who watches.
+        started: ``time.perf_counter()`` at which the run began, less what it took before it was cut.
+    """
+
+    def __init__(self, recipe: Recipe, output: Path, accelerator: Accelerator, progress: Progress, started: float):
+        self.recipe, self.output, self.accelerator, self.progress = recipe, output, accelerator, progress
+        self.started = started
+
+    def train(self, stage: Stage, state: dict[str, Any] | None = None) -> None:
+        """Train a stage to its end, from its beginning or from the checkpoint ``state``.
+
+        Raises:
+            NonFiniteError: where the loss is no number any more, with the module.
+        """
+        optimizer = make_optimizer(stage.groups, stage.optimizer)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, stage.schedule)
+        parts = {"model": stage.model, "optimizer": optimizer, "scheduler": scheduler, "history": stage.history}
+        parts |= stage.kept
+        first = 0
+        if state:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            _restore_random(state["random"])
+            first = state["epochs_done"]
+        wrapped, prepared = self.accelerator.prepare(stage.model, optimizer)
+        self.progress.start(stage.name, stage.epochs * len(stage.loader), first * len(stage.loader))
+        for epoch in range(first, stage.epochs):
+            stage.loader.epoch = epoch
+            wrapped.train()
+            for images, labels in stage.loader:
+                shown = self._step(stage, epoch, wrapped, prepared, images, labels)
+                scheduler.step()
+                stage.after_step()
+                shown = {name: float(value.detach()) for name, value in shown.items()}
+                self.progress.step(shown)
+            stage.history.epochs.append({"epoch": epoch + 1, **shown})
+            saved = {name: part.state_dict() for name, part in parts.items()}
+            saved |= {"stage": stage.name, "epochs_done": epoch + 1, "random": _random_state()}
+            saved["seconds"] = time.perf_counter() - self.started
+            checkpoint.save_checkpoint(self.output, self.recipe, saved)
+
+    def _step(self, stage, epoch, model, optimizer, images, labels) -> dict[str, Tensor]:
+        device = self.accelerator.device
+        images, labels = images.to(device), labels.to(device)
+        loss, shown = stage.objective(model, images, labels)
+        if not torch.isfinite(loss):
+            raise NonFiniteError(diverged(stage.model, stage.name, epoch, images))
+        optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        optimizer.step()
+        return shown
+
+
+def warmup_cosine(steps: int, warmup: float) -> Schedule:
+    """Factor that rises to 1 over the share ``warmup`` of the steps, then half a cosine to 0."""
+    rise = max(round(warmup * steps), 1)
+    up, down = linear(1 / rise, 1.0, rise), cosine(1.0, 0.0, max(steps - rise, 1), rise)
+    return lambda step: up(step) if step < rise else down(step)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _random_state() -> dict[str, Any]:
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def _restore_random(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

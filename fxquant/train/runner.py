@@ -1,0 +1,246 @@
+"""A recipe carried out: its stages one after the other, and the files they leave."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .. import checkpoint, cost
+from ..allocate import require_reachable
+from ..controller import Controller, param_groups
+from ..convert import convert
+from ..data import Data
+from ..errors import FxQuantError
+from ..files import write_json
+from ..freeze import freeze, settle
+from ..loss import QATLoss
+from ..lower import onnx, packed, require_engine
+from ..prepare import prepare
+from ..recipe import Recipe
+from ..report import layer_rows
+from ..spec import get_backend
+from ..verify import VerifyReport, verify
+from .build import build_model, make_optimizer, model_and_data, prepared_without_data
+from .evaluate import accuracy, predictions
+from .loop import History, Loop, Stage, seed_everything, warmup_cosine
+from .progress import Progress, Silent
+from .target import lower_to
+
+
+@dataclass
+class RunOutcome:
+    """What a run leaves in memory beside its files."""
+
+    result: dict[str, Any]
+    report: VerifyReport
+    model: fx.GraphModule
+    reference: fx.GraphModule
+    lowered: dict[str, fx.GraphModule | onnx.OnnxModel | onnx.OpenVinoModel] = field(default_factory=dict)
+
+
+def run(recipe: Recipe, output: Path, *, resume: bool = False, progress: Progress | None = None) -> RunOutcome:
+    """Carry out a recipe and leave its files in ``output``; see :func:`fxquant.checkpoint.claim_output`.
+
+    Writes ``recipe.json``, ``checkpoint.pt`` after every epoch, ``model.fxq`` and ``result.json``. A run
+    that was cut and is resumed ends with the same integers, bit for bit, on a CPU.
+
+    Raises:
+        FxQuantError: for anything a user can mend. Parity is in the outcome's report, for the caller to judge.
+    """
+    checkpoint.claim_output(output, resume)
+    state = checkpoint.checkpoint_for(output, recipe) if resume else None
+    return _Run(recipe, output, progress or Silent()).execute(state)
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, output: Path, progress: Progress):
+        from accelerate import Accelerator
+
+        self.recipe, self.output, self.progress = recipe, output, progress
+        self.started = time.perf_counter()
+        self.accelerator = Accelerator()
+        if self.accelerator.num_processes > 1:
+            raise FxQuantError(
+                f"fxquant run was started in {self.accelerator.num_processes} processes; it trains in one. Start it "
+                "without accelerate launch, or with --num_processes 1"
+            )
+        self.data = self._rehearse()
+        seed_everything(recipe.seed)
+        self.float_model = build_model(recipe).to(self.accelerator.device)
+
+    def execute(self, state: dict | None) -> RunOutcome:
+        recipe = self.recipe
+        write_json(self.output / checkpoint.RECIPE, recipe.model_dump(mode="json", by_alias=True))
+        stage = state["stage"] if state else "float"
+        if state:
+            self.started -= state["seconds"]
+        if stage == "float":
+            self._train_float(state)
+            state = None
+        else:
+            self.float_model.load_state_dict(state["float_model"])
+        self.float_model.eval()
+        float_accuracy = accuracy(*predictions(self.float_model, self.data.test()))
+
+        # The quantized training starts from its own seed, so that a resumed run and a whole one agree.
+        seed_everything(recipe.seed)
+        plain = self.data.plain()  # for calibration, BatchNorm and the check of kernels alike
+        model = prepare(
+            self.float_model,
+            recipe.built_rules(),
+            calibration=plain,
+            backend=recipe.quantization.backend,
+            residual_bits=recipe.quantization.residual_bits,
+        )
+        self.progress.prepared(model)
+        history = self._train_quantized(model, state)
+        budget = recipe.built_budget()
+        settle(model, budget, calibration=None if recipe.train.reestimate_batch_norm else ())
+        model.cpu()  # integer kernels and the exactness of sums are a matter of the CPU
+        simulated, labels = predictions(model, self.data.test())
+        freeze(model, budget, calibration=())  # BatchNorm has been re-estimated
+        reference = convert(model)
+        packed.save(reference, self.output / checkpoint.PACKED_MODEL, notes={"recipe": recipe.to_json()})
+        lowered = {b: lower_to(reference, b, self.output / checkpoint.ONNX_MODEL) for b in recipe.quantization.lower}
+        report = verify(model, reference, self.data.test(), lowered=lowered)
+        result = self._result(model, report, float_accuracy, history)
+        result["simulated"] = {
+            "accuracy": accuracy(simulated, labels),
+            "argmax_agreement": accuracy(simulated, predictions(model, self.data.test())[0]),
+        }
+        write_json(self.output / checkpoint.RESULT, result)
+        return RunOutcome(result, report, model, reference, lowered)
+
+    def _rehearse(self) -> Data:
+        """Whatever can be wrong with the recipe comes out here, before anything is trained or written."""
+        float_model, data = model_and_data(self.recipe)
+        model = prepared_without_data(self.recipe, float_model, data)
+        require_reachable(model, self.recipe.built_budget())
+        for name in (self.recipe.float_training.optimizer, self.recipe.train.optimizer):
+            make_optimizer(param_groups(model, 1e-3), name)
+        for backend in self.recipe.quantization.lower:
+            if get_backend(backend).reads_onnx:
+                onnx.require_packages("onnx", "onnxscript", backend)
+            else:
+                require_engine(backend)
+        with torch.no_grad():
+            outputs = float_model.eval()(data.example).shape[-1]
+        if data.classes not in (None, outputs):
+            raise FxQuantError(
+                f"the data set {self.recipe.data.name!r} has {data.classes} classes, the model {outputs} outputs, so "
+                f"labels would not mean what they mean to the model; set model.options.num_classes = {data.classes}"
+            )
+        return data
+
+    # ---- stages ------------------------------------------------------------------------------------------
+
+    def _train_float(self, state: dict | None) -> None:
+        section = self.recipe.float_training
+        loader = self.data.train(self.recipe.seed)
+        criterion = nn.CrossEntropyLoss()
+
+        def objective(model, images, labels):
+            loss = criterion(model(images), labels)
+            return loss, {"loss": loss}
+
+        stage = Stage(
+            "float",
+            self.float_model,
+            param_groups(self.float_model, section.lr, weight_decay=section.weight_decay),
+            section.optimizer,
+            section.epochs,
+            warmup_cosine(section.epochs * len(loader), 0.05),
+            loader,
+            objective,
+        )
+        self._loop().train(stage, state)
+
+    def _train_quantized(self, model: fx.GraphModule, state: dict | None) -> History:
+        recipe, section = self.recipe, self.recipe.train
+        loader = self.data.train(recipe.seed)
+        total = section.epochs * len(loader)
+        budget = recipe.built_budget()
+        criterion = QATLoss(
+            nn.CrossEntropyLoss(),
+            budget,
+            teacher=self.float_model,
+            distillation=section.distillation,
+            task_weight=section.task_weight,
+            distillation_weight=section.distillation_weight,
+            budget_weight=section.budget_weight,
+        ).to(self.accelerator.device)
+        held = None if section.freeze_batch_norm is None else round(section.freeze_batch_norm * total)
+        controller = Controller(model, total, budget=budget, finetune=section.finetune, freeze_batch_norm=held)
+        layers, costs = cost.qat_layers(model), model.meta["fxquant"].costs
+
+        def objective(model, images, labels):
+            parts = criterion(model, images, labels)
+            shown = {k: v for k, v in parts._asdict().items() if k == "total" or bool(v != 0)}
+            with torch.no_grad():
+                shown["W bits"] = cost.mean_weight_bits(layers, costs)
+                shown["A bits"] = cost.mean_activation_bits(layers, costs)
+            return parts.total, shown
+
+        stage = Stage(
+            "quantized",
+            model,
+            param_groups(model, section.lr, quantizer_lr=section.quantizer_lr, weight_decay=section.weight_decay),
+            section.optimizer,
+            section.epochs,
+            warmup_cosine(total, section.warmup),
+            loader,
+            objective,
+            controller.step,
+            {"float_model": self.float_model, "criterion": criterion, "controller": controller},
+        )
+        self._loop().train(stage, state)
+        return stage.history
+
+    def _loop(self) -> Loop:
+        return Loop(self.recipe, self.output, self.accelerator, self.progress, self.started)
+
+    # ---- result ------------------------------------------------------------------------------------------
+
+    def _result(
+        self, model: fx.GraphModule, report: VerifyReport, float_accuracy: float, history: History
+    ) -> dict[str, Any]:
+        layers, costs = cost.qat_layers(model), model.meta["fxquant"].costs
+        recipe = self.recipe
+        return {
+            "recipe": recipe.name,
+            "recipe_digest": recipe.digest(),
+            "model": recipe.model.name,
+            "estimator": recipe.quantization.estimator,
+            "seed": recipe.seed,
+            "images": report.images,
+            "float_accuracy": float_accuracy,
+            "fake_quant_accuracy": report.fake_quant_accuracy,
+            "reference_accuracy": report.reference_accuracy,
+            "lowered": {
+                backend: {
+                    "accuracy": parity.accuracy,
+                    "argmax_agreement": parity.argmax_agreement,
+                    "logits_equal": parity.logits_equal,
+                    "max_code_difference": parity.max_code_difference,
+                    "worst_layer": parity.worst_layer,
+                }
+                for backend, parity in report.lowered.items()
+            },
+            "mean_weight_bits": float(cost.mean_weight_bits(layers, costs)),
+            "mean_activation_bits": float(cost.mean_activation_bits(layers, costs)),
+            "bops": float(cost.bops(layers, costs)),
+            "weights_bytes": {
+                "float": cost.float_bytes(self.float_model),
+                "ideal": cost.ideal_weight_bytes(model),
+            },
+            "parity": {"reference_equals_fake_quant": report.reference_equals_fake_quant},
+            "layers": layer_rows(model),
+            "history": history.epochs,
+            "seconds": time.perf_counter() - self.started,
+            "torch": torch.__version__,
+        }

@@ -1,0 +1,30 @@
+"""The reference graph on a backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import fx
+
+from ..lower import lower, onnx
+from ..spec import get_backend
+
+
+def lower_to(
+    reference: fx.GraphModule,
+    backend: str,
+    onnx_file: Path,
+    *,
+    threads: int | None = None,
+    weight_only_linear: bool = False,
+) -> fx.GraphModule | onnx.OnnxModel | onnx.OpenVinoModel:
+    """The reference on a backend: lowered, or in a runtime that reads ``onnx_file``, which is written then.
+
+    Args:
+        threads: a runtime's own, its choice when None; torch's kernels follow ``torch.set_num_threads``.
+        weight_only_linear: of :func:`fxquant.export_onnx`; where no file is written it says nothing.
+    """
+    if not get_backend(backend).reads_onnx:
+        return lower(reference, backend)
+    onnx.export_onnx(reference, onnx_file, weight_only_linear=weight_only_linear)
+    return onnx.RUNTIMES[backend](onnx_file, threads)
