@@ -9,6 +9,8 @@ from .cost import quantizer_parameters
 from .errors import CheckpointError, SpecError
 from .estimators import Estimator
 from .freeze import hold_batch_norm
+from .grid import check_bits
+from .schedule import staircase
 from .spec import Budget
 
 
@@ -17,6 +19,7 @@ class Controller:
 
     * ``train``: estimators follow their schedules (PEGE's curriculum, GDNSQ's temperature), and
       NIPQ trains with noise.
+      With ``start_bits``, widths that a rule fixes below it come down to it one bit at a time.
     * ``finetune``, the last ``finetune`` share of the steps: learned widths have become whole, inside the budget,
       and noise is off; weights and ranges go on learning what will ship.
 
@@ -28,6 +31,10 @@ class Controller:
         finetune: share of the steps, in [0, 1).
         freeze_batch_norm: steps after which BatchNorm's running statistics stay as they are, and normalise in training
             too (gamma and beta train on); they train throughout when not given.
+        start_bits: whole width at which quantizers with a lower one begin (gradual quantization); at each change the
+            next tensor sets the range anew. Their own from the start when not given. Widths that are learned are not
+            touched, nor those that GDNSQ squeezes itself.
+        squeeze: share of the steps over which they come down, each width for as long as another.
 
     Raises:
         SpecError: for steps or a share that make no sense, or a budget below the lowest widths of the rules.
@@ -41,6 +48,8 @@ class Controller:
         budget: Budget | None = None,
         finetune: float = 0.25,
         freeze_batch_norm: int | None = None,
+        start_bits: int | None = None,
+        squeeze: float = 0.5,
     ):
         if total_steps < 1:
             raise SpecError(f"total_steps={total_steps!r} was asked for; training takes at least one step")
@@ -48,6 +57,11 @@ class Controller:
             raise SpecError(f"finetune={finetune!r} was asked for; it is a share of the steps, from 0 to below 1")
         if freeze_batch_norm is not None and freeze_batch_norm < 0:
             raise SpecError(f"freeze_batch_norm={freeze_batch_norm!r} was asked for; it is a number of steps")
+        if start_bits is not None and not 0 < squeeze <= 1 - finetune:
+            raise SpecError(
+                f"squeeze={squeeze!r} was asked for with finetune={finetune!r}; widths come down before they are "
+                "fine-tuned, so the two shares of the steps are at most 1 together"
+            )
         require_reachable(model, budget)
         self.model, self.total_steps, self.budget = model, total_steps, budget
         self.freeze_batch_norm = freeze_batch_norm
@@ -59,6 +73,12 @@ class Controller:
             if isinstance(estimator, Estimator)
             for name, schedule in estimator.schedules(self.finetune_begins).items()
         ]
+        self._widths = [
+            (estimator, staircase(check_bits(start_bits, "start_bits"), estimator.bits, squeeze * total_steps))
+            for estimator in model.modules()
+            if isinstance(estimator, Estimator) and start_bits is not None and _comes_down(estimator, start_bits)
+        ]
+        self.width_changes = 0  # how often widths were changed here: weights mean something else afterwards
         self._settled = False
         self._holds: bool | None = None  # of BatchNorm: what another Controller left is not known
         self._apply()
@@ -68,6 +88,13 @@ class Controller:
         """``train`` or ``finetune``."""
         return "finetune" if self.steps_done >= self.finetune_begins else "train"
 
+    @property
+    def final(self) -> bool:
+        """Whether every width is the one that ships and training rounds truly: what is measured now is what ships."""
+        estimators = [m for m in self.model.modules() if isinstance(m, Estimator)]
+        whole = [e.whole_bits == e.bits for e in estimators if isinstance(e.bits, int)]
+        return all(e.settled for e in estimators) and all(whole)
+
     def step(self) -> None:
         """One optimizer step was taken."""
         self.steps_done += 1
@@ -76,16 +103,22 @@ class Controller:
     def _apply(self) -> None:
         for estimator, name, schedule in self._schedules:
             setattr(estimator, name, schedule(self.steps_done))
+        changed = False
+        for estimator, width in self._widths:
+            if self.phase == "train" and estimator.whole_bits != (bits := width(self.steps_done)):
+                estimator.change_width(bits)
+                changed = True
         hold = self.freeze_batch_norm is not None and self.steps_done >= self.freeze_batch_norm
         if hold != self._holds:
             hold_batch_norm(self.model, hold)
             self._holds = hold
         if self.phase == "finetune" and not self._settled:
             fix_widths(self.model, self.budget, keep_learning=not self.budget)
-            self._settled = True
+            self._settled = changed = True
+        self.width_changes += changed
 
     def state_dict(self) -> dict:
-        """What :meth:`load_state_dict` needs to go on: plain numbers."""
+        """What :meth:`load_state_dict` needs to go on: plain numbers. Widths are part of the model's own state."""
         return {"steps_done": self.steps_done, "total_steps": self.total_steps, "settled": self._settled}
 
     def load_state_dict(self, state: dict) -> None:
@@ -101,6 +134,10 @@ class Controller:
             )
         self.steps_done, self._settled = state["steps_done"], state["settled"]
         self._apply()
+
+
+def _comes_down(estimator: Estimator, start_bits: int) -> bool:
+    return isinstance(estimator.bits, int) and estimator.bits < start_bits and not estimator.learns_width
 
 
 def param_groups(

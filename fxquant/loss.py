@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import cost
+from .computed import effective_weight
 from .errors import UnknownNameError
 from .estimators import Estimator
 from .prepare import prepared_info
@@ -37,6 +38,22 @@ DISTILLATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def oscillation(model: nn.Module) -> Tensor:
+    """How far weights lie from the grid points they round to, ``sum((Q(w) - clamp(w))²)`` over all quantized weights.
+
+    A weight between two points that pull its gradient to and fro is drawn to the one it is at (Nagel et al., ICML 2022,
+    arXiv 2203.11086, equation 6). The gradient is to w alone, and none to one beyond the range. Widths that are
+    still being learned have no points to be drawn to, and add nothing.
+    """
+    terms = []
+    for layer in cost.qat_layers(model).values():
+        quantizer = layer.weight_fake_quant
+        if quantizer.settled and not quantizer._frozen:
+            weight = effective_weight(layer)
+            terms.append(quantizer.distance_from_grid(weight).square().sum())
+    return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
 class LossParts(NamedTuple):
     """The objective and what it is the sum of, each a scalar tensor."""
 
@@ -44,13 +61,15 @@ class LossParts(NamedTuple):
     distillation: Tensor
     budget: Tensor
     estimator: Tensor
+    dampening: Tensor
     total: Tensor
 
 
 class QATLoss(nn.Module):
     """The training objective of a prepared model.
 
-    ``total = task_weight·task + distillation_weight·distillation + budget_weight·budget + estimator``.
+    ``total = task_weight·task + distillation_weight·distillation + budget_weight·budget + estimator
+    + dampening_weight·dampening``. Under autocast the parts are computed in float32.
 
     Args:
         task: loss of (logits, labels), such as ``nn.CrossEntropyLoss()``.
@@ -59,6 +78,7 @@ class QATLoss(nn.Module):
         teacher: float model for distillation, of which a copy in eval mode is kept.
         distillation: ``soft_cross_entropy`` or ``jeffreys``.
         task_weight, distillation_weight, budget_weight: weights of the parts.
+        dampening_weight: of :func:`oscillation`; an attribute that may be changed between steps.
 
     Raises:
         UnknownNameError: an unknown distillation.
@@ -74,6 +94,7 @@ class QATLoss(nn.Module):
         task_weight: float = 1.0,
         distillation_weight: float = 1.0,
         budget_weight: float = 1.0,
+        dampening_weight: float = 0.0,
     ):
         super().__init__()
         if distillation not in DISTILLATIONS:
@@ -81,7 +102,7 @@ class QATLoss(nn.Module):
         self.task, self.budget = task, budget or Budget()
         self.distillation = DISTILLATIONS[distillation]
         self.task_weight, self.distillation_weight = task_weight, distillation_weight
-        self.budget_weight = budget_weight
+        self.budget_weight, self.dampening_weight = budget_weight, dampening_weight
         # Not a submodule: its weights belong neither to the optimizer nor to the checkpoint.
         self._teacher = (None if teacher is None else copy.deepcopy(teacher).eval().requires_grad_(False),)
         self.register_buffer("mean_task_loss", torch.zeros(()))
@@ -90,20 +111,22 @@ class QATLoss(nn.Module):
     def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossParts:
         """Run ``model`` on ``images`` [N, C, H, W] and return the parts of the objective."""
         inner = getattr(model, "module", model)
-        logits = model(images)
+        logits = model(images).float()
         zero = logits.new_zeros(())
         task = self.task(logits, labels)
         distillation = zero
         teacher = self._teacher[0]
         if teacher is not None and self.distillation_weight:
             with torch.no_grad():
-                teacher_logits = teacher(images)
+                teacher_logits = teacher(images).float()
             distillation = self.distillation(logits, teacher_logits)
         main = self.task_weight * task + self.distillation_weight * distillation
         self._track(main.detach())
         budget = self.budget_penalty(inner) if self.budget else zero
         estimator = self.estimator_terms(inner, zero)
-        return LossParts(task, distillation, budget, estimator, main + self.budget_weight * budget + estimator)
+        dampening = oscillation(inner) if self.dampening_weight else zero
+        total = main + self.budget_weight * budget + estimator + self.dampening_weight * dampening
+        return LossParts(task, distillation, budget, estimator, dampening, total)
 
     def budget_penalty(self, model: nn.Module) -> Tensor:
         """``smooth_l1`` distance of the (differentiable) costs from the budget, a scalar."""

@@ -50,6 +50,15 @@ def logarithmic(kappa: float, steps: float, begin: float = 0) -> Schedule:
     return lambda step: math.log1p(kappa * _fraction(step - begin, steps)) / math.log1p(kappa)
 
 
+def staircase(start: int, end: int, steps: float) -> Schedule:
+    """Whole numbers from ``start`` down to ``end`` (not above it), one at a time, each for as many of ``steps`` steps.
+
+    >>> [staircase(4, 2, 4)(step) for step in range(6)]
+    [4, 4, 3, 3, 2, 2]
+    """
+    return lambda step: end + math.ceil((start - end) * (1 - _fraction(step, steps)))
+
+
 def _fraction(step: float, steps: float) -> float:
     """How much of an interval of ``steps`` steps has passed at ``step``, in [0, 1]."""
     if steps <= 0:

@@ -302,3 +302,36 @@ def test_no_empty_group():
     model = nn.Linear(3, 2)
     model.weight.requires_grad_(False)
     assert [group["name"] for group in param_groups(model, 0.1)] == ["norms"]
+
+
+# ---- gradual widths --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["lsq", "pege", "nipq"])
+def test_widths_come_down_one_bit_at_a_time(images, estimator):
+    """From start_bits to the rule's own, on a range fitted anew; 8-bit layers and the edges are left alone."""
+    rules = [Rule("stem", 8, 8, estimator=estimator), Rule("*", 2, 3, estimator=estimator)]
+    model = fxquant.prepare(TinyResidual(), rules, calibration=[images]).train()
+    layer, stem = model.get_submodule("conv1"), model.get_submodule("stem")
+    before = layer.weight_fake_quant.calculate_qparams()[0]
+    controller = Controller(model, 8, start_bits=4, squeeze=0.5, finetune=0.25)
+    seen, changes, final = [], [], []
+    for _ in range(8):
+        model(images)
+        seen.append((layer.weight_fake_quant.whole_bits, layer.input_fake_quant.whole_bits))
+        changes.append(controller.width_changes)
+        final.append(controller.final)
+        controller.step()
+    assert seen == [(4, 4), (4, 4), (3, 4), (3, 4), (2, 3), (2, 3), (2, 3), (2, 3)]
+    assert changes == [1, 1, 2, 2, 3, 3, 4, 4]  # the last is the Controller's own fine-tuning
+    assert final == [False] * 4 + [estimator != "nipq"] * 2 + [True] * 2
+    assert stem.weight_fake_quant.whole_bits == 8
+    # No optimizer took a step: the last fit is the one that prepare() made.
+    torch.testing.assert_close(layer.weight_fake_quant.calculate_qparams()[0], before)
+
+
+def test_a_squeeze_that_leaves_no_time_is_refused(images):
+    with pytest.raises(SpecError, match=r"squeeze=0.8 was asked for with finetune=0.25; widths come down before"):
+        Controller(prepared(images, "lsq", 2), 8, start_bits=4, squeeze=0.8)
+    with pytest.raises(SpecError, match=r"start_bits=9 was asked for"):
+        Controller(prepared(images, "lsq", 2), 8, start_bits=9)

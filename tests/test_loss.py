@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fxquant
 from fxquant import Budget, QATLoss, Rule, cost
 from fxquant.estimators import PEGE, Estimator
-from fxquant.loss import jeffreys, soft_cross_entropy
+from fxquant.loss import jeffreys, oscillation, soft_cross_entropy
 from tests.models import TinyResidual
 
 from .estimators import rederived
@@ -72,12 +72,13 @@ def test_divergences_of_certain_logits():
 @pytest.mark.parametrize("distillation", ["soft_cross_entropy", "jeffreys"])
 def test_parts_sum_to_the_total(images, distillation):
     model, teacher = prepared(images, "pege", 3), TinyResidual()
-    weights = {"task_weight": 0.5, "distillation_weight": 3.0, "budget_weight": 7.0}
+    weights = {"task_weight": 0.5, "distillation_weight": 3.0, "budget_weight": 7.0, "dampening_weight": 0.25}
     budget = Budget(mean_weight_bits=2.5)
     loss = QATLoss(F.cross_entropy, budget, teacher=teacher, distillation=distillation, **weights)
     twin = copy.deepcopy(model)  # a forward in training mode moves BatchNorm's statistics
     parts = loss(model, images, LABELS)
     expected = 0.5 * parts.task + 3.0 * parts.distillation + 7.0 * parts.budget + parts.estimator
+    expected = expected + 0.25 * parts.dampening
     torch.testing.assert_close(parts.total, expected)
     assert min(parts) > 0
     assert parts.budget.item() == pytest.approx(0.125)  # smooth_l1 of half a bit
@@ -91,6 +92,7 @@ def test_parts_sum_to_the_total(images, distillation):
 def test_parts_that_are_not_asked_for_are_zero(images):
     parts = QATLoss(F.cross_entropy)(prepared(images, "lsq", 4), images, LABELS)
     assert (parts.distillation.item(), parts.budget.item(), parts.estimator.item()) == (0, 0, 0)
+    assert parts.dampening.item() == 0
     assert torch.equal(parts.total, parts.task)
 
 
@@ -280,3 +282,61 @@ def test_frozen_estimators_add_nothing(images):
     fxquant.freeze(model)
     assert loss(model, images, LABELS).estimator.item() == 0
     assert any(isinstance(m, PEGE) for m in model.modules())
+
+
+# ---- oscillation -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_oscillation_draws_weights_to_their_grid_points(images, bits):
+    """The value against its definition in float64; the gradient is to weights alone, and descent ends on the grid."""
+    model = prepared(images, "lsq", bits)
+    layers = cost.qat_layers(model).values()
+    expected = 0.0
+    for layer in layers:
+        scale, _ = layer.weight_fake_quant.calculate_qparams()
+        scale = scale.double().reshape(-1, *[1] * (layer.weight.ndim - 1))
+        top = max(2 ** (bits - 1) - 1, 1)
+        w = layer.weight.detach().double()
+        nearest = torch.where(w >= 0, 1.0, -1.0) if bits == 1 else (w / scale).round().clamp(-top, top)
+        expected += (nearest * scale - w.clamp(-top * scale, top * scale)).square().sum().item()
+    term = oscillation(model)
+    assert term.item() == pytest.approx(expected, rel=1e-4)
+    term.backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())} <= {
+        name for name, p in model.named_parameters() if name.endswith(".weight") and p.ndim > 1
+    }
+    weights = [layer.weight for layer in layers]
+    optimizer = torch.optim.SGD(weights, lr=0.5)  # half the distance squared: one step leads there
+    optimizer.step()
+    assert oscillation(model).item() < 1e-6 * max(expected, 1)
+
+
+def test_widths_that_are_still_learned_do_not_oscillate(images):
+    assert oscillation(prepared(images, "nipq", (2, 8))).item() == 0
+    assert oscillation(prepared(images, "nipq", 2)).item() == 0  # noise takes the place of rounding
+    model = prepared(images, "lsq", 2)
+    fxquant.freeze(model)
+    assert oscillation(model).item() == 0
+
+
+# ---- autocast --------------------------------------------------------------------------------------------
+
+
+def test_under_autocast_quantizers_and_losses_stay_in_float32(images):
+    model, teacher = prepared(images, "lsq", 4), TinyResidual()
+    quantized, computed = set(), set()
+    for layer in cost.qat_layers(model).values():
+        for quantizer in (layer.input_fake_quant, layer.weight_fake_quant):
+            quantizer.register_forward_hook(lambda module, args, out: quantized.add(out.dtype))
+        compute = layer._compute
+        layer._compute = lambda *args, compute=compute: (out := compute(*args), computed.add(out.dtype))[0]
+    criterion = QATLoss(F.cross_entropy, teacher=teacher)
+    plain = criterion(copy.deepcopy(model), images, LABELS)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = criterion(model, images, LABELS)
+    assert (quantized, computed) == ({torch.float32}, {torch.float32, torch.bfloat16})
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert parts.total.item() == pytest.approx(plain.total.item(), rel=0.05)
+    parts.total.backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())

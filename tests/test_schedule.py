@@ -20,7 +20,7 @@ FACTORIES = {
 ENDS = {"linear": (2.0, -1.0), "cosine": (2.0, -1.0), "logarithmic": (0.0, 1.0)}
 
 
-@pytest.mark.parametrize(("module", "examples"), [(schedule, 3), (errors, 1)])
+@pytest.mark.parametrize(("module", "examples"), [(schedule, 4), (errors, 1)])
 def test_doctests(module, examples):
     assert doctest.testmod(module) == (0, examples)
 
@@ -47,6 +47,18 @@ def test_no_steps_is_a_jump(name, steps):
     """An interval of no length ends where it begins."""
     value, (start, end) = FACTORIES[name](steps, 3), ENDS[name]
     assert (value(2), value(3), value(4)) == pytest.approx((start, end, end))
+
+
+@given(start=st.integers(1, 8), below=st.integers(0, 7), steps=st.integers(8, 1000))
+def test_staircase(start, below, steps):
+    """Every whole number between the ends, each for as many steps as another, give or take one; then the end."""
+    end = max(start - below, 1)
+    values = [schedule.staircase(start, end, steps)(step) for step in range(steps + 2)]
+    assert values == sorted(values, reverse=True)
+    assert values[steps:] == [end, end]
+    counts = [values[:steps].count(bits) for bits in range(start, end, -1)]
+    assert sum(counts) == (steps if start > end else 0)
+    assert max(counts, default=0) - min(counts, default=0) <= 1
 
 
 def test_formulas():

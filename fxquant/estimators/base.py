@@ -106,6 +106,8 @@ class Estimator(FakeQuantizeBase):
         self.register_buffer("one_sided", flag + (scheme == "one_sided"))
         self.register_buffer("width", torch.full((1,), float(self._first_whole_width()), device=device))
         self.register_buffer("width_fixed", flag + (not isinstance(self.bits, tuple)))
+        # Set where the width changes in training: the next tensor seen sets the range of the new grid.
+        self.register_buffer("refit", flag.clone())
         self.register_buffer("frozen", flag.clone())
         self.register_buffer("frozen_scale", torch.ones(channels, device=device))
         self.register_buffer("frozen_zero_point", torch.zeros(channels, device=device))
@@ -220,6 +222,12 @@ class Estimator(FakeQuantizeBase):
             self._read_flags()
             self.set_range(low, high)
 
+    def change_width(self, bits: int) -> None:
+        """In training, go on at ``bits`` whole bits; noise stays as it is, and the next tensor seen sets the range."""
+        self.width.fill_(grid.check_bits(bits))
+        self.refit.fill_(1)
+        self._read_flags()
+
     def range(self) -> tuple[Tensor, Tensor]:
         """Lower and upper end of what the grid represents, each [channels]."""
         step, zero = self.step(), self.zero_point()
@@ -249,6 +257,9 @@ class Estimator(FakeQuantizeBase):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.frozen_scale.dtype)  # quantizers stay in float32 under autocast
+        if self._refit and (self.training or self.may_refit):
+            self.refit.zero_()
+            self.initialize_from(x)
         if self._observe and (self._calibrating or not self._initialized):
             self._take_in(x)
             if self._calibrating:
@@ -268,6 +279,13 @@ class Estimator(FakeQuantizeBase):
         """The integers that ``x`` becomes, carried in its floating dtype."""
         with torch.no_grad():
             return self._quantize(x, self._viewed(self.step(), x), self._viewed(self.zero_point(), x))
+
+    def distance_from_grid(self, x: Tensor) -> Tensor:
+        """``clamp(x) - Q(x)``, elementwise: how far from what it rounds to, 0 beyond the range; gradient to x alone."""
+        with torch.no_grad():
+            rounded = self.eval_forward(x)
+            low, high = (self._viewed(end, x) for end in self.range())
+        return torch.clamp(x, low, high) - rounded
 
     def _quantize(self, x: Tensor, step: Tensor, zero: Tensor) -> Tensor:
         return grid.quantize(x, step, zero, self.quant_min, self.quant_max, self.binary)
@@ -373,6 +391,7 @@ class Estimator(FakeQuantizeBase):
         self._one_sided = bool(self.one_sided)
         self._bits = int(self.width)
         self._width_fixed = bool(self.width_fixed)
+        self._refit = bool(self.refit)
         self._frozen = bool(self.frozen)
         self._fake_quantize = bool(self.fake_quant_enabled)
         self._observe = bool(self.observer_enabled)

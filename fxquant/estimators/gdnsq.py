@@ -74,8 +74,6 @@ class GDNSQ(LearnedStep):
         self.temperature = 0.0
         # A weight's own range, max|w| per scale, as of the last forward.
         self.register_buffer("weight_range", torch.ones(self.channels, device=self._device))
-        # Set when the squeeze ends: the next tensor seen sets the range of the whole grid.
-        self.register_buffer("refit", torch.zeros(1, dtype=torch.uint8, device=self._device))
         self.log2_range = None
         if self.scheme != "symmetric":
             self.log2_range = nn.Parameter(torch.zeros(self.channels, device=self._device))
@@ -156,9 +154,6 @@ class GDNSQ(LearnedStep):
         super().fix_width(bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._refit and (self.training or self.may_refit):
-            self.refit.zero_()
-            self.initialize_from(x)
         if self.learns_width and self.scheme == "symmetric":
             with torch.no_grad():
                 kept = x.abs().amax() if self.axis is None else x.abs().transpose(0, self.axis).flatten(1).amax(1)
@@ -207,10 +202,6 @@ class GDNSQ(LearnedStep):
         if not parts:
             return None
         return task_loss * torch.stack(parts).sum()
-
-    def _read_flags(self) -> None:
-        super()._read_flags()
-        self._refit = bool(getattr(self, "refit", False))
 
 
 class NoiseScaleFunction(torch.autograd.Function):
