@@ -13,9 +13,10 @@ from .errors import CheckpointError, OutputFolderError
 from .files import write_whole
 from .recipe import Recipe, RecipeError, parse_recipe
 
-CHECKPOINT, PACKED_MODEL, ONNX_MODEL, RESULT, RECIPE = (
+CHECKPOINT, PACKED_MODEL, FLOAT_MODEL, ONNX_MODEL, RESULT, RECIPE = (
     "checkpoint.pt",
     "model.fxq",
+    "float.safetensors",
     "model.onnx",
     "result.json",
     "recipe.json",

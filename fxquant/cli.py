@@ -121,6 +121,10 @@ def run(
     except KeyboardInterrupt:
         err.print(f"interrupted; go on from the last finished epoch with --resume --output {folder}", markup=False)
         raise typer.Exit(130) from None
+    if not resolved.quantizes:
+        accuracy = outcome.result["float_accuracy"]
+        out.print(f"{resolved.name}, seed {resolved.seed}: float, {accuracy:.2f} %; written to {folder}", markup=False)
+        return
     out.print(report.layer_table(outcome.model, "Who got which bits"))
     for backend, model in outcome.lowered.items():
         if isinstance(model, fx.GraphModule):

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .data import CIFAR10, DATASETS, check_name
 from .errors import FxQuantError, SpecError, UnknownNameError, did_you_mean
+from .grid import check_bits
 from .loss import DISTILLATIONS
 from .pixels import SIZE
 from .spec import Budget, Rule, check_options, get_backend
@@ -62,7 +63,7 @@ class DataSection(_Section):
     workers: int = Field(4, ge=0, description="processes that read images")
     splits: tuple[str, str] = Field(("train", "validation"), description="the part to train on, the part held out")
     augmentation: dict[str, Any] = Field(default_factory=dict, description="arguments of timm's create_transform")
-    plain_batches: int = Field(64, gt=0, description="training batches for calibration and BatchNorm, as they are")
+    plain_batches: int = Field(64, gt=0, description="training batches for calibration (as they are) and BatchNorm")
     test_images: int | None = Field(None, gt=0, description="held-out images to use; all when not given")
 
     @field_validator("name")
@@ -82,24 +83,36 @@ class DataSection(_Section):
         return self
 
 
-class FloatSection(_Section):
+class _Training(_Section):
+    """What training in float and quantized have in common."""
+
+    optimizer: str = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which lr rises from 0")
+    autocast: Literal["bfloat16"] | None = Field(
+        None, description="type that convolutions and linear layers compute in"
+    )
+    average: float | None = Field(None, gt=0, lt=1, description="decay of the weights' average, which then ships")
+    select: Literal["last", "best"] = Field("last", description="epoch that ships; the best one on data.validation")
+
+
+class FloatSection(_Training):
     """``[float]``: training in float before quantization; ``epochs = 0`` takes the model as it comes."""
 
     epochs: int = Field(0, ge=0)
-    optimizer: str = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
 
 
-class TrainSection(_Section):
+class TrainSection(_Training):
     """``[train]``: quantization-aware training."""
 
     epochs: int = Field(gt=0)
-    optimizer: str = "adamw"
-    lr: float = Field(1e-3, gt=0)
     quantizer_lr: float | None = Field(None, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which lr rises from 0")
+    schedule: Literal["cosine", "hold"] = Field(
+        "cosine", description="of lr: falling from the warm-up on, or held until widths are whole and falling then"
+    )
+    start_bits: int | None = Field(None, description="width at which quantizers of a lower, fixed one begin")
+    squeeze: float = Field(0.5, gt=0, le=1, description="share of the steps over which they come down to their own")
     finetune: float = Field(0.25, ge=0, lt=1, description="share of the steps at whole widths, without noise")
     freeze_batch_norm: float | None = Field(
         None, ge=0, le=1, description="share of the steps after which BatchNorm's statistics stay as they are"
@@ -109,6 +122,7 @@ class TrainSection(_Section):
     task_weight: float = Field(1.0, ge=0)
     distillation_weight: float = Field(1.0, ge=0)
     budget_weight: float = Field(1.0, ge=0)
+    dampening: float = Field(0.0, ge=0, description="weight of oscillation at the end, to which it rises from 0")
 
     @field_validator("distillation")
     @classmethod
@@ -116,6 +130,20 @@ class TrainSection(_Section):
         if name not in DISTILLATIONS:
             raise UnknownNameError("distillation", name, DISTILLATIONS)
         return name
+
+    @field_validator("start_bits")
+    @classmethod
+    def _whole(cls, bits: int | None) -> int | None:
+        return None if bits is None else check_bits(bits, "start_bits")
+
+    @model_validator(mode="after")
+    def _in_time(self) -> TrainSection:
+        if self.start_bits is not None and self.squeeze + self.finetune > 1:
+            raise SpecError(
+                f"squeeze = {self.squeeze} with finetune = {self.finetune}: widths come down before they are "
+                "fine-tuned, so the two are at most 1 together"
+            )
+        return self
 
 
 class RuleSection(_Section):
@@ -175,14 +203,30 @@ class Recipe(_Section):
     data: DataSection
     float_training: FloatSection = Field(default_factory=FloatSection, alias="float")
     quantization: QuantizationSection = Field(default_factory=QuantizationSection)
-    rules: list[RuleSection] = Field(min_length=1)
+    rules: list[RuleSection] = Field(default_factory=list)
     budget: BudgetSection = Field(default_factory=BudgetSection)
-    train: TrainSection
+    train: TrainSection | None = Field(None, description="left out, with the rules, where training is in float alone")
 
     @model_validator(mode="after")
     def _rules_hold(self) -> Recipe:
         self.built_rules()
+        if bool(self.rules) != (self.train is not None):
+            given, missing = ("[[rules]]", "[train]") if self.rules else ("[train]", "[[rules]]")
+            raise SpecError(f"{given} without {missing}: a quantized training takes both, one in float alone neither")
+        if self.train is None and not self.float_training.epochs:
+            raise SpecError("nothing to do: give [train] and [[rules]], or float.epochs for a training in float alone")
+        sections = {"float": self.float_training, "train": self.train}
+        for name, section in sections.items():
+            if section is not None and section.select == "best" and not self.data.validation:
+                raise SpecError(
+                    f"{name}.select = 'best' chooses by images kept from training; set data.validation to how many"
+                )
         return self
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it trains quantized, not in float alone."""
+        return self.train is not None
 
     def built_rules(self) -> list[Rule]:
         """The rules as :class:`fxquant.Rule` objects."""

@@ -183,3 +183,26 @@ def write(folder, text):
     path = folder / "recipe.toml"
     path.write_text(text)
     return path
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rules=[]", "[train] without [[rules]]: a quantized training takes both"),
+        ("train.select=best", "train.select = 'best' chooses by images kept from training; set data.validation"),
+        ("train.start_bits=9", "start_bits=9 was asked for"),
+        ("train={epochs=1, start_bits=4, squeeze=0.9}", "widths come down before they are fine-tuned"),
+        ("train.autocast=float16", "Input should be 'bfloat16'"),
+    ],
+)
+def test_training_that_makes_no_sense(tmp_path, override, message):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(tmp_path, MINIMAL), [override])
+    assert message in str(error.value)
+
+
+def test_a_training_in_float_alone(tmp_path):
+    text = MINIMAL[: MINIMAL.index("[[rules]]")]
+    assert not load_recipe(write(tmp_path, text), ["float.epochs=2"]).quantizes
+    with pytest.raises(RecipeError, match=r"nothing to do: give \[train\] and \[\[rules\]\], or float.epochs"):
+        load_recipe(write(tmp_path, text))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -91,3 +93,15 @@ def prepared_without_data(recipe: Recipe, model: nn.Module, data: Data) -> fx.Gr
         backend=recipe.quantization.backend,
         residual_bits=recipe.quantization.residual_bits,
     )
+
+
+def statistics_images(recipe: Recipe, data: Data) -> Iterable:
+    """The batches that BatchNorm's statistics are re-estimated from, ``data.plain_batches`` of them; none where the
+    recipe leaves the statistics alone.
+
+    They are augmented as in training: weights have learned with the statistics of such images. On CIFAR-10, whose crops
+    have black margins, those of plain images cost a float ResNet-20 5.8 points.
+    """
+    if not recipe.train.reestimate_batch_norm:
+        return ()
+    return itertools.islice(data.train(recipe.seed), recipe.data.plain_batches)

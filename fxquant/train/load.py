@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from ..freeze import freeze
 from ..lower import packed
 from ..recipe import Recipe
-from .build import model_and_data, prepared_without_data
+from .build import model_and_data, prepared_without_data, statistics_images
 
 
 @dataclass
@@ -51,6 +51,8 @@ def load_run(path: Path) -> LoadedRun:
 def _from_checkpoint(path: Path) -> LoadedRun:
     content = checkpoint.load_checkpoint(path)
     recipe = checkpoint.stored_recipe(content["recipe"], path)
+    if not recipe.quantizes:
+        raise CheckpointError(f"the run of {path} trained in float alone; there are no integers in it")
     done = content["epochs_done"] if content["stage"] == "quantized" else 0
     if done < recipe.train.epochs:
         raise CheckpointError(
@@ -59,8 +61,12 @@ def _from_checkpoint(path: Path) -> LoadedRun:
         )
     float_model, data = model_and_data(recipe)
     model = prepared_without_data(recipe, float_model, data)
-    load_tensors(model, content["model"], f"{path} does not fit the model of its own recipe ({recipe.model.name})")
-    freeze(model, recipe.built_budget(), calibration=data.plain() if recipe.train.reestimate_batch_norm else ())
+    load_tensors(
+        model,
+        content["keeper"]["kept"] or content["model"],
+        f"{path} does not fit the model of its own recipe ({recipe.model.name})",
+    )
+    freeze(model, recipe.built_budget(), calibration=statistics_images(recipe, data))
     return _loaded(recipe, convert(model), data)
 
 

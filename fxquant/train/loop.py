@@ -20,6 +20,7 @@ from ..recipe import Recipe
 from ..schedule import Schedule, cosine, linear
 from .build import make_optimizer
 from .divergence import diverged
+from .keeper import Keeper
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -63,8 +64,10 @@ class Stage:
         schedule: factor of the learning rates at a step.
         loader: training images, by epoch.
         objective: loss of a batch.
+        autocast: floating type that ``objective`` computes in where it may; quantizers and losses stay in float32.
         after_step: called after every optimizer step.
-        kept: what the checkpoint keeps beside model and optimizer, by name.
+        keeper: which of the weights ship; at the end the model has them.
+        kept: what the checkpoint keeps beside these, by name.
         history: of the epochs; it is kept as well.
     """
 
@@ -76,6 +79,8 @@ class Stage:
     schedule: Schedule
     loader: Loader
     objective: Objective
+    keeper: Keeper
+    autocast: torch.dtype | None = None
     after_step: Callable[[], None] = lambda: None
     kept: dict[str, Stateful] = field(default_factory=dict)
     history: History = field(default_factory=History)
@@ -105,7 +110,7 @@ class Loop:
         optimizer = make_optimizer(stage.groups, stage.optimizer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, stage.schedule)
         parts = {"model": stage.model, "optimizer": optimizer, "scheduler": scheduler, "history": stage.history}
-        parts |= stage.kept
+        parts |= {"keeper": stage.keeper, **stage.kept}
         first = 0
         if state:
             for name, part in parts.items():
@@ -123,16 +128,19 @@ class Loop:
                 stage.after_step()
                 shown = {name: float(value.detach()) for name, value in shown.items()}
                 self.progress.step(shown)
+            shown |= stage.keeper.after_epoch(epoch + 1)
             stage.history.epochs.append({"epoch": epoch + 1, **shown})
             saved = {name: part.state_dict() for name, part in parts.items()}
             saved |= {"stage": stage.name, "epochs_done": epoch + 1, "random": _random_state()}
             saved["seconds"] = time.perf_counter() - self.started
             checkpoint.save_checkpoint(self.output, self.recipe, saved)
+        stage.keeper.restore()
 
     def _step(self, stage, epoch, model, optimizer, images, labels) -> dict[str, Tensor]:
         device = self.accelerator.device
         images, labels = images.to(device), labels.to(device)
-        loss, shown = stage.objective(model, images, labels)
+        with torch.autocast(device.type, stage.autocast, enabled=stage.autocast is not None):
+            loss, shown = stage.objective(model, images, labels)
         if not torch.isfinite(loss):
             raise NonFiniteError(diverged(stage.model, stage.name, epoch, images))
         optimizer.zero_grad()
@@ -141,10 +149,12 @@ class Loop:
         return shown
 
 
-def warmup_cosine(steps: int, warmup: float) -> Schedule:
-    """Factor that rises to 1 over the share ``warmup`` of the steps, then half a cosine to 0."""
+def learning_rate(steps: int, warmup: float, hold: float = 0.0) -> Schedule:
+    """Factor that rises to 1 over the share ``warmup`` of the steps, stays there up to the share ``hold`` (where that
+    is later), then falls to 0 by half a cosine."""
     rise = max(round(warmup * steps), 1)
-    up, down = linear(1 / rise, 1.0, rise), cosine(1.0, 0.0, max(steps - rise, 1), rise)
+    stay = max(round(hold * steps), rise)
+    up, down = linear(1 / rise, 1.0, rise), cosine(1.0, 0.0, max(steps - stay, 1), stay)
     return lambda step: up(step) if step < rise else down(step)
 
 

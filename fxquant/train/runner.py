@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import fx, nn
 
 from .. import checkpoint, cost
@@ -16,38 +18,42 @@ from ..controller import Controller, param_groups
 from ..convert import convert
 from ..data import Data
 from ..errors import FxQuantError
-from ..files import write_json
+from ..files import write_json, write_whole
 from ..freeze import freeze, settle
 from ..loss import QATLoss
 from ..lower import onnx, packed, require_engine
 from ..prepare import prepare
-from ..recipe import Recipe
+from ..recipe import FloatSection, Recipe, TrainSection
 from ..report import layer_rows
+from ..schedule import cosine
 from ..spec import get_backend
 from ..verify import VerifyReport, verify
-from .build import build_model, make_optimizer, model_and_data, prepared_without_data
+from .average import WeightAverage
+from .build import build_model, make_optimizer, model_and_data, prepared_without_data, statistics_images
 from .evaluate import accuracy, predictions
-from .loop import History, Loop, Stage, seed_everything, warmup_cosine
+from .keeper import Keeper
+from .loop import History, Loop, Stage, learning_rate, seed_everything
 from .progress import Progress, Silent
 from .target import lower_to
 
 
 @dataclass
 class RunOutcome:
-    """What a run leaves in memory beside its files."""
+    """What a run leaves in memory beside its files; one that trains in float alone has its result only."""
 
     result: dict[str, Any]
-    report: VerifyReport
-    model: fx.GraphModule
-    reference: fx.GraphModule
+    report: VerifyReport | None = None
+    model: fx.GraphModule | None = None
+    reference: fx.GraphModule | None = None
     lowered: dict[str, fx.GraphModule | onnx.OnnxModel | onnx.OpenVinoModel] = field(default_factory=dict)
 
 
 def run(recipe: Recipe, output: Path, *, resume: bool = False, progress: Progress | None = None) -> RunOutcome:
     """Carry out a recipe and leave its files in ``output``; see :func:`fxquant.checkpoint.claim_output`.
 
-    Writes ``recipe.json``, ``checkpoint.pt`` after every epoch, ``model.fxq`` and ``result.json``. A run
-    that was cut and is resumed ends with the same integers, bit for bit, on a CPU.
+    Writes ``recipe.json``, ``checkpoint.pt`` after every epoch, ``model.fxq`` and ``result.json``; a recipe without
+    ``[train]`` leaves its float weights, ``float.safetensors``, in place of ``model.fxq``. A run that was cut and is
+    resumed ends with the same weights and integers, bit for bit, on a CPU.
 
     Raises:
         FxQuantError: for anything a user can mend. Parity is in the outcome's report, for the caller to judge.
@@ -69,6 +75,7 @@ class _Run:
                 f"fxquant run was started in {self.accelerator.num_processes} processes; it trains in one. Start it "
                 "without accelerate launch, or with --num_processes 1"
             )
+        self.float_history = History()
         self.data = self._rehearse()
         seed_everything(recipe.seed)
         self.float_model = build_model(recipe).to(self.accelerator.device)
@@ -86,10 +93,12 @@ class _Run:
             self.float_model.load_state_dict(state["float_model"])
         self.float_model.eval()
         float_accuracy = accuracy(*predictions(self.float_model, self.data.test()))
+        if not recipe.quantizes:
+            return self._leave_float(float_accuracy)
 
         # The quantized training starts from its own seed, so that a resumed run and a whole one agree.
         seed_everything(recipe.seed)
-        plain = self.data.plain()  # for calibration, BatchNorm and the check of kernels alike
+        plain = self.data.plain()  # for calibration and the check of kernels alike
         model = prepare(
             self.float_model,
             recipe.built_rules(),
@@ -100,7 +109,7 @@ class _Run:
         self.progress.prepared(model)
         history = self._train_quantized(model, state)
         budget = recipe.built_budget()
-        settle(model, budget, calibration=None if recipe.train.reestimate_batch_norm else ())
+        settle(model, budget, calibration=statistics_images(recipe, self.data))
         model.cpu()  # integer kernels and the exactness of sums are a matter of the CPU
         simulated, labels = predictions(model, self.data.test())
         freeze(model, budget, calibration=())  # BatchNorm has been re-estimated
@@ -113,17 +122,31 @@ class _Run:
             "accuracy": accuracy(simulated, labels),
             "argmax_agreement": accuracy(simulated, predictions(model, self.data.test())[0]),
         }
+        result |= self._footer()
         write_json(self.output / checkpoint.RESULT, result)
         return RunOutcome(result, report, model, reference, lowered)
+
+    def _leave_float(self, float_accuracy: float) -> RunOutcome:
+        weights = {name: tensor.cpu().contiguous() for name, tensor in self.float_model.state_dict().items()}
+        write_whole(self.output / checkpoint.FLOAT_MODEL, lambda p: save_file(weights, p))
+        result = self._header() | {
+            "float_accuracy": float_accuracy,
+            "lowered": {},
+            "history": self.float_history.epochs,
+        }
+        result |= self._footer()
+        write_json(self.output / checkpoint.RESULT, result)
+        return RunOutcome(result)
 
     def _rehearse(self) -> Data:
         """Whatever can be wrong with the recipe comes out here, before anything is trained or written."""
         float_model, data = model_and_data(self.recipe)
-        model = prepared_without_data(self.recipe, float_model, data)
-        require_reachable(model, self.recipe.built_budget())
-        for name in (self.recipe.float_training.optimizer, self.recipe.train.optimizer):
-            make_optimizer(param_groups(model, 1e-3), name)
-        for backend in self.recipe.quantization.lower:
+        make_optimizer(param_groups(float_model, 1e-3), self.recipe.float_training.optimizer)
+        if self.recipe.quantizes:
+            model = prepared_without_data(self.recipe, float_model, data)
+            require_reachable(model, self.recipe.built_budget())
+            make_optimizer(param_groups(model, 1e-3), self.recipe.train.optimizer)
+        for backend in self.recipe.quantization.lower if self.recipe.quantizes else ():
             if get_backend(backend).reads_onnx:
                 onnx.require_packages("onnx", "onnxscript", backend)
             else:
@@ -145,18 +168,23 @@ class _Run:
         criterion = nn.CrossEntropyLoss()
 
         def objective(model, images, labels):
-            loss = criterion(model(images), labels)
+            loss = criterion(model(images).float(), labels)
             return loss, {"loss": loss}
 
+        keeper = self._keeper(section, self.float_model)
         stage = Stage(
             "float",
             self.float_model,
             param_groups(self.float_model, section.lr, weight_decay=section.weight_decay),
             section.optimizer,
             section.epochs,
-            warmup_cosine(section.epochs * len(loader), 0.05),
+            learning_rate(section.epochs * len(loader), section.warmup),
             loader,
             objective,
+            keeper,
+            _dtype(section.autocast),
+            keeper.after_step,
+            history=self.float_history,
         )
         self._loop().train(stage, state)
 
@@ -174,11 +202,22 @@ class _Run:
             distillation_weight=section.distillation_weight,
             budget_weight=section.budget_weight,
         ).to(self.accelerator.device)
+        dampening = cosine(0.0, section.dampening, total)
         held = None if section.freeze_batch_norm is None else round(section.freeze_batch_norm * total)
-        controller = Controller(model, total, budget=budget, finetune=section.finetune, freeze_batch_norm=held)
+        controller = Controller(
+            model,
+            total,
+            budget=budget,
+            finetune=section.finetune,
+            freeze_batch_norm=held,
+            start_bits=section.start_bits,
+            squeeze=section.squeeze,
+        )
+        keeper = self._keeper(section, model, lambda: controller.final)
         layers, costs = cost.qat_layers(model), model.meta["fxquant"].costs
 
         def objective(model, images, labels):
+            criterion.dampening_weight = dampening(controller.steps_done)
             parts = criterion(model, images, labels)
             shown = {k: v for k, v in parts._asdict().items() if k == "total" or bool(v != 0)}
             with torch.no_grad():
@@ -186,20 +225,33 @@ class _Run:
                 shown["A bits"] = cost.mean_activation_bits(layers, costs)
             return parts.total, shown
 
+        def after_step():
+            changes = controller.width_changes
+            controller.step()
+            keeper.after_step(restart=controller.width_changes != changes)
+
         stage = Stage(
             "quantized",
             model,
             param_groups(model, section.lr, quantizer_lr=section.quantizer_lr, weight_decay=section.weight_decay),
             section.optimizer,
             section.epochs,
-            warmup_cosine(total, section.warmup),
+            learning_rate(total, section.warmup, 1 - section.finetune if section.schedule == "hold" else 0.0),
             loader,
             objective,
-            controller.step,
+            keeper,
+            _dtype(section.autocast),
+            after_step,
             {"float_model": self.float_model, "criterion": criterion, "controller": controller},
         )
         self._loop().train(stage, state)
         return stage.history
+
+    def _keeper(
+        self, section: FloatSection | TrainSection, model: nn.Module, final: Callable[[], bool] = lambda: True
+    ) -> Keeper:
+        average = None if section.average is None else WeightAverage(model, section.average)
+        return Keeper(model, average, self.data.validation() if section.select == "best" else None, final)
 
     def _loop(self) -> Loop:
         return Loop(self.recipe, self.output, self.accelerator, self.progress, self.started)
@@ -210,13 +262,8 @@ class _Run:
         self, model: fx.GraphModule, report: VerifyReport, float_accuracy: float, history: History
     ) -> dict[str, Any]:
         layers, costs = cost.qat_layers(model), model.meta["fxquant"].costs
-        recipe = self.recipe
-        return {
-            "recipe": recipe.name,
-            "recipe_digest": recipe.digest(),
-            "model": recipe.model.name,
-            "estimator": recipe.quantization.estimator,
-            "seed": recipe.seed,
+        return self._header() | {
+            "estimator": self.recipe.quantization.estimator,
             "images": report.images,
             "float_accuracy": float_accuracy,
             "fake_quant_accuracy": report.fake_quant_accuracy,
@@ -241,6 +288,25 @@ class _Run:
             "parity": {"reference_equals_fake_quant": report.reference_equals_fake_quant},
             "layers": layer_rows(model),
             "history": history.epochs,
+        }
+
+    def _header(self) -> dict[str, Any]:
+        recipe = self.recipe
+        epochs = recipe.train.epochs if recipe.quantizes else 0
+        return {
+            "recipe": recipe.name,
+            "recipe_digest": recipe.digest(),
+            "model": recipe.model.name,
+            "seed": recipe.seed,
+            "epochs": {"float": recipe.float_training.epochs, "quantized": epochs},
+        }
+
+    def _footer(self) -> dict[str, Any]:
+        return {
             "seconds": time.perf_counter() - self.started,
             "torch": torch.__version__,
         }
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
