@@ -116,6 +116,24 @@ def checkpoint_for(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     return content
 
 
+def holds_run_of(folder: Path, recipe: Recipe) -> bool:
+    """Whether a run of this recipe was begun or finished in ``folder``; not where there is no folder.
+
+    Raises:
+        CheckpointError: where it holds a run of another recipe, with the keys that differ.
+    """
+    begun = folder / RECIPE
+    if not begun.exists():
+        return False
+    before, now = _what_matters(begun.read_text(encoding="utf-8")), _what_matters(recipe.to_json())
+    if before != now:
+        raise CheckpointError(
+            f"{folder} holds a run of another recipe than the one given; it differs in "
+            f"{', '.join(_differences(before, now))}. Give that recipe and --set again, or name another --output"
+        )
+    return True
+
+
 def stored_recipe(text: str, path: Path) -> Recipe:
     """The recipe inside of a file.
 

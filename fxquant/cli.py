@@ -37,7 +37,9 @@ class _Bench(TyperGroup):
         return super().parse_args(ctx, args if named else ["latency", *args])
 
 
-bench_app = typer.Typer(cls=_Bench, help="Measure: latency and size (when nothing else is named), or a training step.")
+bench_app = typer.Typer(
+    cls=_Bench, help="Measure: latency and size (when nothing else is named), a training step, or accuracy."
+)
 app.add_typer(bench_app, name="bench")
 out = Console(soft_wrap=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -289,6 +291,27 @@ def bench_step(
     out.print(result.table())
     for line in (*result.remarks(), f"written to {file}"):
         out.print(line, markup=False, highlight=False)
+
+
+@bench_app.command("accuracy")
+def bench_accuracy(
+    recipes: Annotated[list[Path], typer.Argument(help="recipe files, that of a float row among them")],
+    seeds: Annotated[int, typer.Option(help="runs of each recipe, with seeds 0, 1, ...")] = 1,
+    epochs: Annotated[int | None, typer.Option(help="of every recipe, in the place of its own")] = None,
+    output: Annotated[Path, typer.Option(help="folder of the runs and of the table")] = Path("runs/bench/accuracy"),
+    overrides: Overrides = None,
+) -> None:
+    """Train recipes, over seeds, and make one table of them; runs that are there already are kept or resumed."""
+    from .bench import accuracy
+
+    chosen = accuracy.recipes_of(recipes, seeds, overrides, epochs)
+    with _Bars(out) as bars:
+        results = accuracy.carry_out(chosen, output, progress=bars, watch=lambda line: err.print(line, markup=False))
+    table = accuracy.rows(results)
+    files = accuracy.write(table, output)
+    out.print(accuracy.markdown(table), markup=False, highlight=False, soft_wrap=True)
+    out.print(f"written to {', '.join(map(str, files))}", markup=False, highlight=False)
+    accuracy.require_exact(table)
 
 
 @app.command()

@@ -28,6 +28,11 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, whole or not at all."""
+    write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write ``values`` as JSON, whole or not at all."""
-    write_whole(path, lambda p: p.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(values, indent=2) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 
 from rich.table import Table
 from torch import fx
@@ -107,12 +108,14 @@ def comparison_table(results: list[dict]) -> Table:
         table.add_row(
             recipe,
             str(len(runs)),
-            *(_spread([run[key] for run in runs]) for key in _ACCURACIES),
-            *(_spread([run["lowered"][b]["accuracy"] for run in runs if b in run["lowered"]]) for b in backends),
-            _spread([run["reference_accuracy"] - run["float_accuracy"] for run in runs]),
+            *(mean_deviation([run[key] for run in runs if key in run]) for key in _ACCURACIES),
+            *(mean_deviation([run["lowered"][b]["accuracy"] for run in runs if b in run["lowered"]]) for b in backends),
+            mean_deviation(
+                [run["reference_accuracy"] - run["float_accuracy"] for run in runs if "reference_accuracy" in run]
+            ),
             f"{min(agreements, default=100.0):.2f}",
-            _spread([run["mean_weight_bits"] for run in runs]),
-            _spread([run["mean_activation_bits"] for run in runs]),
+            mean_deviation([run.get("mean_weight_bits", 32.0) for run in runs]),
+            mean_deviation([run.get("mean_activation_bits", 32.0) for run in runs]),
         )
     return table
 
@@ -120,11 +123,13 @@ def comparison_table(results: list[dict]) -> Table:
 _ACCURACIES = ("float_accuracy", "fake_quant_accuracy", "reference_accuracy")
 
 
-def _spread(values: list[float]) -> str:
+def mean_deviation(values: Sequence[float], sign: bool = False) -> str:
+    """``91.30 ± 0.12``: mean and sample standard deviation; ``-`` of nothing, and one value by itself."""
     if not values:
         return "-"
+    mean = statistics.mean(values)
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
+    return f"{mean:{'+' if sign else ''}.2f}{deviation}"
 
 
 def _bits(value: float | None) -> str:

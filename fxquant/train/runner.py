@@ -129,11 +129,8 @@ class _Run:
     def _leave_float(self, float_accuracy: float) -> RunOutcome:
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.float_model.state_dict().items()}
         write_whole(self.output / checkpoint.FLOAT_MODEL, lambda p: save_file(weights, p))
-        result = self._header() | {
-            "float_accuracy": float_accuracy,
-            "lowered": {},
-            "history": self.float_history.epochs,
-        }
+        result = self._header() | {"estimator": None, "float_accuracy": float_accuracy, "lowered": {}}
+        result["history"] = self.float_history.epochs
         result |= self._footer()
         write_json(self.output / checkpoint.RESULT, result)
         return RunOutcome(result)
