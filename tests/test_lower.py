@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import fxquant as fq
 from fxquant.data import load_data
 from fxquant.errors import EmptyDataError, SpecError, UnknownNameError
-from fxquant.integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize
+from fxquant.integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
 from fxquant.lower import kernels, native
 from fxquant.lower.native import REFERENCE, Recorder
 from tests.models import TinyResidual, settle
@@ -65,7 +65,7 @@ def test_every_operator_of_a_trained_residual_network_runs_on_a_kernel(digits_ru
     layers = sum(isinstance(m, (IntegerConv2d, IntegerLinear)) for m in called)
     found = Counter(entry.kernel for entry in report)
     assert all(entry.max_code_difference <= 1 and entry.reason == "" for entry in report)
-    assert found["aten._int_mm"] == 1
+    assert found["onednn.qlinear_pointwise (sums)"] == 1
     assert found["quantized.max_pool2d"] == sum(isinstance(m, nn.MaxPool2d) for m in called) == 1
     convolutions = {kernel: count for kernel, count in found.items() if "conv" in kernel}
     assert sum(convolutions.values()) == layers - 1
@@ -118,7 +118,9 @@ def test_each_kernel_is_within_one_code_on_new_images(residual, backend):
             if want[node.meta[REFERENCE]].dtype == torch.uint8:
                 assert off.max() <= 1, node.name
                 assert (off > 0).double().mean() < 0.01, node.name
-            elif kernel.kernel == "aten._int_mm":  # the classifier: exact sums, the same float32 product
+            elif (
+                kernel.kernel == "onednn.qlinear_pointwise (sums)"
+            ):  # the classifier: exact sums, the same float32 product
                 assert off.max() == 0
             else:  # a convolution to float: exact sums, scaled in another order of roundings
                 assert (off / kernel.unit).max() < 1e-2, node.name
@@ -236,6 +238,50 @@ def test_a_layer_does_not_write_over_its_own_input():
     assert largest_gap(reference, lowered, "x86", torch.randn(16, 3, 24, 24)) <= 1
 
 
+class Bottleneck(nn.Module):
+    """1x1 convolutions on signed inputs, whose grid has a zero-point; one of them adds a residual."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.expand = nn.Conv2d(8, 24, 1, **options)
+        self.project = nn.Conv2d(24, 8, 1)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return (x + self.norm(self.project(self.expand(x)))).mean((2, 3))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("options", "operators"),
+    [({}, ["qlinear", "qlinear"]), ({"stride": 1, "padding": 1}, ["qconv"]), ({"groups": 2}, ["qconv", "qlinear"])],
+)
+def test_a_pointwise_convolution_on_a_grid_with_a_zero_point_is_a_matrix_product(options, operators, bits):
+    """torch's convolution lays out such a weight anew in every call. With padding or groups it stays one."""
+    x = torch.randn(4, 8, 6, 5)
+    model = settle(
+        Bottleneck(**options) if "padding" not in options else nn.Sequential(nn.Conv2d(8, 4, 1, **options)), x
+    )
+    reference = reference_of(model, x, bits)
+    lowered = fq.lower(reference, "onednn")
+    found = [layer.kernel for layer in lowered.meta["fxquant_lowered"] if "onednn" in layer.kernel]
+    assert [kernel.split(".")[1].split("_")[0] for kernel in found] == operators
+    for batch in (torch.randn(1, 8, 6, 5), torch.randn(7, 8, 9, 9)):
+        assert largest_gap(reference, lowered, "onednn", batch) <= 1
+
+
+@pytest.mark.parametrize(("features", "parts"), [(40, 1), (1500, 3)])
+def test_the_classifiers_sums_are_exact_however_long(features, parts):
+    weight = torch.randint(60, 128, (5, features), dtype=torch.int8)  # 1500 * 94 * 255 is above 2^24
+    layer = IntegerLinear(weight, torch.tensor([1, -(2**24), 3, 2**24, 7]), torch.tensor(3), (0, 255))
+    rescale = Rescale(torch.rand(5), 1, False)
+    kernel = kernels.ExactLinear(layer, rescale)
+    assert len(kernel.packed) == parts
+    codes = torch.randint(0, 256, (33, features), dtype=torch.uint8)
+    assert torch.equal(kernel(codes), rescale(layer(codes)))
+    assert torch.equal(copy.deepcopy(kernel)(codes[:1]), rescale(layer(codes[:1])))
+
+
 def test_a_lowered_model_can_be_copied(residual):
     x = torch.randn(4, 3, 16, 16)
     lowered = fq.lower(residual, "x86")
@@ -303,7 +349,7 @@ def test_a_kernel_wrong_by_more_than_one_code_is_not_used(monkeypatch, backend, 
         else:  # its float result is right, and is rounded apart
             assert report[f"{layer}_rescale"].kernel.startswith("onednn.qconv_pointwise")
             assert f"of {backend} was off by up to 2 codes in 0." in report[f"{layer}_rescale"].reason
-    assert report["head_rescale"].kernel == "aten._int_mm"
+    assert report["head_rescale"].kernel == "onednn.qlinear_pointwise (sums)"
     if not used:
         assert largest_gap(reference, lowered, backend, torch.randn(16, 3, 16, 16)) <= 1
 

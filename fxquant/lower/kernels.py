@@ -33,6 +33,14 @@ class Kernel(nn.Module):
         return self.kernel
 
 
+def _copy_but_packed(kernel: Kernel, memo: dict) -> Kernel:
+    """``__deepcopy__``: torch cannot copy a packed weight; nothing writes to it, so copies share it."""
+    memo[id(kernel.packed)] = kernel.packed
+    twin = memo[id(kernel)] = type(kernel).__new__(type(kernel))
+    twin.__dict__ = copy.deepcopy(kernel.__dict__, memo)
+    return twin
+
+
 # ---- onednn, on plain uint8 -------------------------------------------------------------------------------
 
 
@@ -46,7 +54,8 @@ class OnednnLayer(Kernel):
         addend: grid of the codes that are added before rounding, the second argument of ``forward``.
         relu_after: ReLU after that addition.
         overwrite: whether the addend's memory may take the result.
-        exportable: pack the weight in the graph, where a compiler folds it, not ahead.
+        input_shape: of a convolution's input, for which its weight is laid out. Any other is computed rightly too, but
+            may have the weight laid out anew in every call.
     """
 
     def __init__(
@@ -60,21 +69,21 @@ class OnednnLayer(Kernel):
         addend: Dequantize | None = None,
         relu_after: bool = False,
         overwrite: bool = False,
-        exportable: bool = False,
+        input_shape: tuple[int, ...] | None = None,
     ):
         super().__init__()
-        convolution = isinstance(layer, IntegerConv2d)
-        self.kernel = "onednn.qconv_pointwise" if convolution else "onednn.qlinear_pointwise"
-        self.convolution, self.overwrite = convolution, overwrite
         self.in_grid = float(entry.scale), int(entry.zero_point)
+        self.overwrite = overwrite
+        self.pointwise = isinstance(layer, IntegerConv2d) and self._is_matrix_product(layer)
+        self.convolution = isinstance(layer, IntegerConv2d) and not self.pointwise
+        self.kernel = "onednn.qconv_pointwise" if self.convolution else "onednn.qlinear_pointwise"
         sum_scale = rescale.scale.to(torch.float64)
         self.register_buffer("weight_scale", (sum_scale / self.in_grid[0]).to(torch.float32))
         self.register_buffer("weight_zero", torch.zeros_like(rescale.scale, dtype=torch.int32))
         self.register_buffer("bias", (layer.bias.to(torch.float64) * sum_scale).to(torch.float32))
-        self.register_buffer("weight", layer.weight.clone() if exportable else None)
-        self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups) if convolution else ()
-        self.packed = None if exportable else self._pack(layer.weight)
-        self.unit = sum_scale.reshape(-1, 1, 1) if convolution else sum_scale
+        self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups) if self.convolution else ()
+        self.packed = self._pack(layer.weight, input_shape)
+        self.unit = sum_scale.reshape(-1, 1, 1) if isinstance(layer, IntegerConv2d) else sum_scale
         self.add_grid = None if addend is None else (float(addend.scale), int(addend.zero_point))
         relu = rescale.relu or relu_after
         self.bounds, self.finish = None, None
@@ -102,21 +111,30 @@ class OnednnLayer(Kernel):
     def _post_name(self) -> str:
         return "" if self.post[0] == "none" else self.post[0]
 
-    def __deepcopy__(self, memo: dict) -> OnednnLayer:
-        """torch cannot copy a packed weight; nothing writes to it, so copies share it."""
-        memo[id(self.packed)] = self.packed
-        twin = memo[id(self)] = type(self).__new__(type(self))
-        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return twin
+    __deepcopy__ = _copy_but_packed
 
-    def _pack(self, weight: Tensor) -> Tensor:
+    def _is_matrix_product(self, layer: IntegerConv2d) -> bool:
+        """Whether to run a 1x1 convolution as a matrix product over channels_last pixels.
+
+        That is done where the input has a zero-point: torch's convolution then lays the weight out anew in each call.
+        """
+        geometry = layer.weight.shape[2:], tuple(layer.stride), tuple(layer.padding), layer.groups
+        return self.in_grid[1] != 0 and geometry == ((1, 1), (1, 1), (0, 0), 1)
+
+    def _pack(self, weight: Tensor, input_shape: tuple[int, ...] | None) -> Tensor:
         if self.convolution:
-            return torch.ops.onednn.qconv_prepack(weight, self.weight_scale, *self.in_grid, *self.geometry)
-        return torch.ops.onednn.qlinear_prepack(weight, None)
+            grid_and_geometry = (self.weight_scale, *self.in_grid, *self.geometry)
+            return torch.ops.onednn.qconv_prepack(weight, *grid_and_geometry, input_shape)
+        return torch.ops.onednn.qlinear_prepack(weight.flatten(1), None)
 
     def forward(self, codes: Tensor, addend: Tensor | None = None) -> Tensor:
-        packed = self.packed if self.packed is not None else self._pack(self.weight)
-        weight = (packed, self.weight_scale, self.weight_zero)
+        if not self.pointwise:
+            return self._forward(codes, addend)
+        pixels = [None if x is None else _channels_last(x).permute(0, 2, 3, 1) for x in (codes, addend)]
+        return self._forward(*pixels).permute(0, 3, 1, 2)
+
+    def _forward(self, codes: Tensor, addend: Tensor | None) -> Tensor:
+        weight = (self.packed, self.weight_scale, self.weight_zero)
         if addend is None:
             if self.convolution:
                 out = torch.ops.onednn.qconv_pointwise.default(
@@ -128,7 +146,7 @@ class OnednnLayer(Kernel):
                 )
         else:
             if self.convolution:
-                addend = addend.contiguous(memory_format=torch.channels_last)
+                addend = _channels_last(addend)
             if not self.overwrite:
                 addend = addend.clone()
             add = (*self.add_grid, "sum", 1.0, *self.post)
@@ -145,24 +163,57 @@ class OnednnLayer(Kernel):
         return out if self.bounds is None else out.clamp_(*self.bounds)
 
 
-class ExactLinear(Kernel):
-    """uint8 codes to float32 through an exact int32 matrix product: the classifier keeps its full resolution."""
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
-    kernel = "aten._int_mm"
+
+class ExactLinear(Kernel):
+    """uint8 codes to float32 through exact integer sums: the classifier keeps its full resolution.
+
+    onednn gives int32 sums as float32, which holds them exactly below 2^24; a longer sum is made of shorter ones.
+    """
+
+    kernel = "onednn.qlinear_pointwise (sums)"
 
     def __init__(self, layer: IntegerLinear, rescale: Rescale):
         super().__init__()
-        weight = layer.weight.to(torch.int32)
-        # _int_mm multiplies int8 by int8: uint8 codes are shifted by 128, and the shift is taken out of the bias.
-        self.register_buffer("weight", layer.weight.t().contiguous())
-        self.register_buffer("bias", layer.bias + (128 - layer.input_zero_point) * weight.sum(1, dtype=torch.int32))
-        self.rescale = rescale
+        self.zero, self.rescale = layer.input_zero_point.item(), rescale
         self.unit = rescale.scale.to(torch.float64)
+        features = layer.weight.shape[1]
+        farthest = int((layer.input_bounds - self.zero).abs().max())
+        for parts in range(1, features + 1):  # one feature's product is below 2^15
+            self.sizes = [len(part) for part in torch.arange(features).tensor_split(parts)]
+            weights = layer.weight.split(self.sizes, 1)
+            if max(int(w.to(torch.int32).abs().sum(1).max()) for w in weights) * farthest < 2**24:
+                break
+        self.packed = [torch.ops.onednn.qlinear_prepack(w.contiguous(), None) for w in weights]
+        outputs = len(layer.bias)
+        self.register_buffer("bias", layer.bias.clone())
+        self.register_buffer("ones", torch.ones(outputs))
+        self.register_buffer("zeros", torch.zeros(outputs, dtype=torch.int32))
+
+    __deepcopy__ = _copy_but_packed
 
     def forward(self, codes: Tensor) -> Tensor:
-        shifted = (codes.to(torch.int16) - 128).to(torch.int8)
-        sums = torch._int_mm(shifted.reshape(-1, shifted.shape[-1]), self.weight) + self.bias
-        return self.rescale(sums.reshape(*codes.shape[:-1], -1))
+        sums = self.bias
+        for packed, part in zip(self.packed, codes.split(self.sizes, -1), strict=True):
+            partial = torch.ops.onednn.qlinear_pointwise.default(
+                part.contiguous(),
+                1.0,
+                self.zero,
+                packed,
+                self.ones,
+                self.zeros,
+                None,
+                1.0,
+                0,
+                torch.float32,
+                "none",
+                [],
+                "",
+            )
+            sums = sums + partial.to(torch.int32)
+        return self.rescale(sums)
 
 
 class FastQuantize(Kernel):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -145,25 +146,26 @@ class _Lowering:
         exit_ = self._module(after)
         failed: LoweredLayer | None = None
         done = False
+        onednn = functools.partial(_onednn, *operands, input_shape=self.values[entry_node.name].shape)
         if isinstance(exit_, Quantize):
-            done, failed = self._try(after, (entry_node,), lambda engine: _layer_kernel(engine, *operands, exit_))
+            elsewhere = functools.partial(kernels.QuantizedLayer, *operands, exit_)
+            done, failed = self._try(after, (entry_node,), onednn(exit_, elsewhere=elsewhere))
         elif (post := _post_operation(after, exit_)) and not rescale.relu:
             end = _only_user(after)
             if isinstance(self._module(end), Quantize):
-                build = _onednn_only(*operands, self._module(end), activation=post)
-                done, failed = self._try(end, (entry_node,), build)
+                done, failed = self._try(end, (entry_node,), onednn(self._module(end), activation=post))
         elif _is_addition(after) and not rescale.relu:
-            done, failed = self._lower_addition(rescale_node, after, entry_node, operands)
+            done, failed = self._lower_addition(rescale_node, after, entry_node, onednn)
         if not done:
             exact = isinstance(after, fx.Node) and after.op == "output" and not isinstance(layer, IntegerConv2d)
-            build = (lambda _: kernels.ExactLinear(layer, rescale)) if exact else _onednn_only(*operands)
+            build = (lambda _: kernels.ExactLinear(layer, rescale)) if exact else onednn()
             done, last = self._try(rescale_node, (entry_node,), build, failed)
             if not done:
                 self.report.append(failed or last)
         self.report[-1] = replace(self.report[-1], layer=rescale_node.name)
 
     def _lower_addition(
-        self, rescale_node: fx.Node, add: fx.Node, entry_node: fx.Node, operands: tuple
+        self, rescale_node: fx.Node, add: fx.Node, entry_node: fx.Node, onednn: Callable[..., Callable]
     ) -> tuple[bool, LoweredLayer | None]:
         """A layer that adds a residual before it rounds, with the ReLU after that."""
         other = add.args[1] if add.args[0] is rescale_node else add.args[0]
@@ -176,8 +178,7 @@ class _Lowering:
             return False, None
         if self.values[other.name].shape != self.values[rescale_node.name].shape:
             return False, None  # the kernel does not broadcast
-        build = _onednn_only(*operands, exit_, addend=addend, relu_after=relu)
-        return self._try(end, (entry_node, other.args[0]), build)
+        return self._try(end, (entry_node, other.args[0]), onednn(exit_, addend=addend, relu_after=relu))
 
     def _lower_operator(self, exit_node: fx.Node, exit_: Quantize) -> None:
         """What lies between a Dequantize and a Quantize: addition (-> ReLU), max pooling, concatenation, nothing."""
@@ -295,14 +296,15 @@ class _Lowering:
             kernel.overwrite = fresh and read_once and all(order[user] <= order[node] for user in addend.users)
 
 
-def _layer_kernel(engine: str, layer, entry: Quantize, rescale: Rescale, exit_: Quantize) -> Kernel:
-    make = kernels.OnednnLayer if engine == "onednn" else kernels.QuantizedLayer
-    return make(layer, entry, rescale, exit_)
+def _onednn(*operands, elsewhere: Callable[[], Kernel] | None = None, **options) -> Callable[[str], Kernel | None]:
+    """Builds a layer for onednn, whose operators run whatever engine is set, or ``elsewhere`` for another engine."""
 
+    def build(engine: str) -> Kernel | None:
+        if engine == "onednn":
+            return kernels.OnednnLayer(*operands, **options)
+        return elsewhere() if elsewhere is not None else None
 
-def _onednn_only(*operands, **options) -> Callable[[str], Kernel | None]:
-    """Builds what only onednn has; its operators run whatever engine is set."""
-    return lambda engine: kernels.OnednnLayer(*operands, **options) if engine == "onednn" else None
+    return build
 
 
 def _only_user(node: fx.Node | None) -> fx.Node | None:
