@@ -1,11 +1,11 @@
 """The bottleneck of a quantized network: the minimum cut of its graph, from the image to the output.
 
 Every node of the FX graph hands on what it has; what is quantized hands on its capacity (:mod:`fxquant.capacity`) at
-most. A set of quantized tensors that every path from input to output runs through is a cut; its capacities add up, for a
-residual branch carries beside its shortcut, and each part of a concatenation beside the others. No more than the
-smallest such sum gets through: by the max-flow min-cut theorem (Ford and Fulkerson, 1956) that is the largest flow in the
-network of the same capacities. A tensor that several nodes read is one arc before it fans out, so that cutting it costs
-its capacity once.
+most. A set of quantized tensors that every path from input to output runs through is a cut; its capacities add up, for
+a residual branch carries beside its shortcut, and each part of a concatenation beside the others. No more than the
+smallest such sum gets through: by the max-flow min-cut theorem (Ford and Fulkerson, 1956) that is the largest flow in
+the network of the same capacities. A tensor that several nodes read is one arc before it fans out, so that cutting it
+costs its capacity once.
 """
 
 from __future__ import annotations
