@@ -7,10 +7,9 @@ import math
 from torch import nn
 
 from . import cost
-from .errors import SpecError
+from .budget import BudgetBound, budget_bounds
 from .estimators import Estimator
 from .layers import QATLayer
-from .prepare import prepared_info
 from .spec import Budget
 
 
@@ -35,35 +34,28 @@ def fix_widths(
         SpecError: where even the lowest widths exceed the budget.
     """
     require_reachable(model, budget)
-    layers = cost.qat_layers(model)
     choices = _choices(model)
-    limits = list(_limits(budget, prepared_info(model).costs, choices)) if budget else []
-    for _, limit, spent, saved in limits:
-        while spent() > limit + 1e-9:
-            movable = [(key, c) for key, c in choices.items() if c.bits > c.lowest and saved(key) > 0]
-            _, choice = min(movable, key=lambda item: item[1].strain() / saved(item[0]))
-            choice.bits -= 1
-    _spend_what_is_left(limits, choices)
+    bounds = budget_bounds(model, budget)
+    for bound in bounds:
+        while not bound.holds(_widths(choices)):
+            savings = {key: _saved(bound, choices, key) for key, c in choices.items() if c.bits > c.lowest}
+            key = min((k for k, saved in savings.items() if saved > 0), key=lambda k: choices[k].strain() / savings[k])
+            choices[key].bits -= 1
+    _spend_what_is_left(bounds, choices)
     for choice in choices.values():
         interval = isinstance(choice.estimator.bits, tuple)
         if not choice.estimator.settled and not (keep_learning and interval):
             choice.estimator.fix_width(choice.bits)
-    return {name: (choices[name, "weight"].bits, choices[name, "activation"].bits) for name in layers}
+    return _widths(choices)
 
 
 def require_reachable(model: nn.Module, budget: Budget | None) -> None:
     """Raises :class:`SpecError` where even the lowest widths that a prepared model's rules allow exceed ``budget``."""
-    if not budget:
-        return
     choices = _choices(model)
     for choice in choices.values():
         choice.bits = choice.lowest
-    for what, limit, spent, _ in _limits(budget, prepared_info(model).costs, choices):
-        if spent() > limit + 1e-9:
-            raise SpecError(
-                f"budget {what}={limit:g} was asked for, but the lowest widths that the rules allow (and those "
-                f"that are fixed already) take {spent():g}; raise the budget, or lower the rules' widths"
-            )
+    for bound in budget_bounds(model, budget):
+        bound.require(_widths(choices))
 
 
 def _choices(model: nn.Module) -> dict[tuple[str, str], _Choice]:
@@ -74,13 +66,26 @@ def _choices(model: nn.Module) -> dict[tuple[str, str], _Choice]:
     }
 
 
-def _spend_what_is_left(limits: list, choices: dict[tuple[str, str], _Choice]) -> None:
+def _widths(choices: dict[tuple[str, str], _Choice]) -> dict[str, tuple[int, int]]:
+    names = dict.fromkeys(name for name, _ in choices)
+    return {name: (choices[name, "weight"].bits, choices[name, "activation"].bits) for name in names}
+
+
+def _saved(bound: BudgetBound, choices: dict[tuple[str, str], _Choice], key: tuple[str, str]) -> float:
+    """What a bit less of one tensor saves: the mean down to its lowest width, for bytes come whole."""
+    name, kind = key
+    choice, now = choices[key], _widths({k: c for k, c in choices.items() if k[0] == name})[name]
+    least = (choice.lowest, now[1]) if kind == "weight" else (now[0], choice.lowest)
+    return (bound.of_layer(name, *now) - bound.of_layer(name, *least)) / (choice.bits - choice.lowest)
+
+
+def _spend_what_is_left(bounds: list[BudgetBound], choices: dict[tuple[str, str], _Choice]) -> None:
     """Give bits back to those that lost most of their learned width, as long as the budget holds."""
     short = sorted((c for c in choices.values() if c.bits < c.highest), key=lambda c: c.bits - c.learned)
-    while limits and short:
+    while bounds and short:
         for choice in short:
             choice.bits += 1
-            if all(spent() <= limit + 1e-9 for _, limit, spent, _ in limits):
+            if all(bound.holds(_widths(choices)) for bound in bounds):
                 break
             choice.bits -= 1
         else:
@@ -110,41 +115,6 @@ class _Choice:
         """How much one bit less adds to the squared distance from the learned width; made positive."""
         added = (self.bits - 1 - self.learned) ** 2 - (self.bits - self.learned) ** 2
         return added + _ALL_POSITIVE
-
-
-def _limits(budget: Budget, costs: dict[str, cost.LayerCost], choices: dict[tuple[str, str], _Choice]):
-    """For each bound of the budget: its name, its value, what the choices spend, what one bit less saves."""
-
-    def mean(kind, elements):
-        total = sum(elements(costs[name]) for name, k in choices if k == kind)
-
-        def spent():
-            return sum(c.bits * elements(costs[name]) for (name, k), c in choices.items() if k == kind) / total
-
-        def saved(key):
-            return elements(costs[key[0]]) / total if key[1] == kind else 0.0
-
-        return spent, saved
-
-    if budget.mean_weight_bits is not None:
-        yield "mean_weight_bits", budget.mean_weight_bits, *mean("weight", lambda c: c.weights)
-    if budget.mean_activation_bits is not None:
-        yield "mean_activation_bits", budget.mean_activation_bits, *mean("activation", lambda c: c.inputs)
-    if budget.bops is not None:
-
-        def spent():
-            return sum(
-                costs[name].macs * choices[name, "weight"].bits * choices[name, "activation"].bits
-                for name, kind in choices
-                if kind == "weight"
-            )
-
-        def saved(key):
-            name, kind = key
-            other = choices[name, "activation" if kind == "weight" else "weight"]
-            return float(costs[name].macs * other.bits)
-
-        yield "bops", budget.bops, spent, saved
 
 
 def layer_widths(layer: QATLayer) -> tuple[float, float]:

@@ -8,13 +8,13 @@ channel per feature channel c, in parallel:
   up to half a step) and one from clipping (all others);
 * capacity per element: the mean over c of ``1/2 * log2(1 + S_c / N_c)`` bits, times elements per image for the tensor.
 
-Analytic values it agrees with: a uniform x on the range of b one-sided bits has ``N = step^2/12`` and ``S = ((2^b -
-1)*step)^2/12``, so ``1/2 * log2(1 + (2^b - 1)^2)`` bits, which is b but for half a bit at most; a Gaussian of variance
-``s^2`` that is not clipped has ``1/2 * log2(1 + 12*s^2/step^2)``.
+Analytic values it agrees with: a uniform x on the range of b one-sided bits has ``N = step^2/12`` and ``S =
+(n*step)^2/12`` with ``n = 2^b - 1``, so ``1/2 * log2(1 + n^2)`` bits, which is b but for half a bit at most; a
+Gaussian of variance ``s^2`` that is not clipped has ``1/2 * log2(1 + 12*s^2/step^2)``.
 
-The noise of a weight is measured where it acts, at the output of its layer: ``N_c`` is the power of ``(Q(W) - W) *
-Q(x)`` and ``S_c`` the variance of ``W * Q(x)``, both before BatchNorm, which scales a channel's signal and noise
-alike.
+The noise of a weight is measured where it acts, at the output of its layer: ``N_c`` is the power of the layer's
+product of ``Q(W) - W`` with ``Q(x)`` and ``S_c`` the variance of that of ``W`` with ``Q(x)``, both before BatchNorm,
+which scales a channel's signal and noise alike.
 
 No element of b bits carries more than b of them; what a layer computes, in float32, no more than its significand's 24.
 A channel that never changes carries nothing.

@@ -93,23 +93,35 @@ def float_bytes(model: nn.Module) -> int:
     return 4 * sum(p.numel() for p in model.parameters())
 
 
-def ideal_weight_bytes(model: nn.Module) -> int:
-    """Bytes of a frozen model's parameters packed at their own widths.
+def packed_bytes(elements: int, bits: int) -> int:
+    """Bytes of so many codes of ``bits`` bits each, packed."""
+    return -(-elements * bits // 8)
 
-    Quantized weights take ``elements * bits / 8`` bytes, rounded up per layer; each of their output channels a
-    float32 scale and an int32 bias; what stayed float takes 4 bytes an element. BatchNorm is folded away.
-    """
+
+def ideal_weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters packed at their own widths: :func:`packed_bytes` of each quantized weight, and
+    :func:`unpacked_bytes` beside them."""
+    layers = qat_layers(model).values()
+    packed = (packed_bytes(layer.weight.numel(), int(weight_bits(layer).detach().round())) for layer in layers)
+    return sum(packed) + unpacked_bytes(model)
+
+
+def unpacked_bytes(model: nn.Module) -> int:
+    """Bytes of what no width changes: a float32 scale and an int32 bias for each output channel of a quantized layer, 4
+    bytes for each parameter that stays float. BatchNorm is folded away."""
     layers = qat_layers(model)
-    total = 0
-    counted: set[int] = set()
+    counted: set[int] = {id(p) for p in quantizer_parameters(model)}
     for layer in layers.values():
-        bits = int(weight_bits(layer).detach().round())
-        total += -(-layer.weight.numel() * bits // 8) + 8 * layer.weight.shape[0]
         counted.update(id(p) for p in layer.parameters())
         if isinstance(layer, QATConv2d) and layer.bn is not None:
             counted.update(id(p) for p in layer.bn.parameters())
-    estimators = {id(p) for p in quantizer_parameters(model)}
-    return total + sum(4 * p.numel() for p in model.parameters() if id(p) not in counted and id(p) not in estimators)
+    channels = sum(layer.weight.shape[0] for layer in layers.values())
+    return 8 * channels + sum(4 * p.numel() for p in model.parameters() if id(p) not in counted)
+
+
+def weight_bytes(layers: dict[str, QATLayer], costs: dict[str, LayerCost]) -> Tensor:
+    """Bytes of the quantized weights alone, ``sum(bits * elements) / 8``; differentiable, without rounding up."""
+    return torch.stack([weight_bits(layer) * (costs[name].weights / 8) for name, layer in layers.items()]).sum()
 
 
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -73,8 +73,8 @@ class QATLoss(nn.Module):
 
     Args:
         task: loss of (logits, labels), such as ``nn.CrossEntropyLoss()``.
-        budget: what learned widths are pulled towards; ``sum(smooth_l1(cost, target))`` over its bounds, BOPs in
-            units of a hundredth of the target. The bound itself is kept by :func:`fxquant.freeze`.
+        budget: what learned widths are pulled towards; ``sum(smooth_l1(cost, target))`` over its bounds, BOPs and
+            bytes in units of a hundredth of the target. The bound itself is kept by :func:`fxquant.freeze`.
         teacher: float model for distillation, of which a copy in eval mode is kept.
         distillation: ``soft_cross_entropy`` or ``jeffreys``.
         task_weight, distillation_weight, budget_weight: weights of the parts.
@@ -131,11 +131,16 @@ class QATLoss(nn.Module):
     def budget_penalty(self, model: nn.Module) -> Tensor:
         """``smooth_l1`` distance of the (differentiable) costs from the budget, a scalar."""
         info, layers = prepared_info(model), cost.qat_layers(model)
+
+        def weight_bytes(layers, costs):
+            return cost.weight_bytes(layers, costs) + cost.unpacked_bytes(model)
+
         parts = []
         for name, measure, unit in (
             ("mean_weight_bits", cost.mean_weight_bits, 1.0),
             ("mean_activation_bits", cost.mean_activation_bits, 1.0),
             ("bops", cost.bops, None),
+            ("weight_bytes", weight_bytes, None),
         ):
             target = getattr(self.budget, name)
             if target is not None:

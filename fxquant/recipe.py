@@ -192,6 +192,7 @@ class BudgetSection(_Section):
     mean_weight_bits: float | None = Field(None, gt=0)
     mean_activation_bits: float | None = Field(None, gt=0)
     bops: float | None = Field(None, gt=0)
+    weight_bytes: float | None = Field(None, gt=0)
 
 
 class Recipe(_Section):

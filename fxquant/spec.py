@@ -131,21 +131,22 @@ class Budget:
         mean_weight_bits: mean over all quantized weights, by number of elements.
         mean_activation_bits: mean over all quantized layer inputs, by number of elements per image.
         bops: bit operations per image, the sum over layers of MACs x weight bits x activation bits.
+        weight_bytes: bytes of all parameters as they ship (:func:`fxquant.cost.ideal_weight_bytes`).
     """
 
     mean_weight_bits: float | None = None
     mean_activation_bits: float | None = None
     bops: float | None = None
+    weight_bytes: float | None = None
 
     def __post_init__(self):
-        for name in ("mean_weight_bits", "mean_activation_bits", "bops"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and not (number and value > 0):
                 raise SpecError(f"budget {name}={value!r} was asked for; it must be above 0")
 
     def __bool__(self) -> bool:
-        return any(v is not None for v in (self.mean_weight_bits, self.mean_activation_bits, self.bops))
+        return any(value is not None for value in vars(self).values())
 
 
 @dataclass(frozen=True)

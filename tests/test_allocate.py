@@ -53,6 +53,7 @@ def spent(model: nn.Module, widths: dict[str, tuple[int, int]]) -> dict[str, flo
         "mean_activation_bits": sum(widths[n][1] * costs[n].inputs for n in widths)
         / sum(c.inputs for c in costs.values()),
         "bops": sum(widths[n][0] * widths[n][1] * costs[n].macs for n in widths),
+        "weight_bytes": UNPACKED + sum(math.ceil(widths[n][0] * costs[n].weights / 8) for n in widths),
     }
 
 
@@ -66,7 +67,16 @@ def allowed(model: nn.Module, widths: dict[str, tuple[int, int]], budget: Budget
 WIDTHS = st.lists(st.floats(LOWEST + 0.01, HIGHEST - 0.01), min_size=10, max_size=10)
 MEAN = st.none() | st.floats(1.5, 8.5)
 FULL_BOPS = 64 * (16 * 16 * 8 * 27 + 4 * 4 * 16 * (72 + 144 + 8) + 80)
-BUDGETS = st.builds(Budget, MEAN, MEAN, st.none() | st.floats(0.03, 1.1).map(lambda share: share * FULL_BOPS))
+WEIGHTS = 8 * 27 + 16 * (72 + 144 + 8) + 5 * 16
+UNPACKED = 8 * (8 + 16 + 16 + 16 + 5)  # scale and bias of each output channel
+SHARE = st.none() | st.floats(0.03, 1.1)
+BUDGETS = st.builds(
+    Budget,
+    MEAN,
+    MEAN,
+    SHARE.map(lambda share: share and share * FULL_BOPS),
+    SHARE.map(lambda share: share and UNPACKED + share * WEIGHTS),
+)
 
 
 @given(widths=WIDTHS, budget=BUDGETS)
@@ -85,6 +95,7 @@ def test_no_budget_is_ever_exceeded_and_no_width_leaves_its_interval(learning, w
     assert {n: layer_widths(model.get_submodule(n)) for n in LAYERS} == whole
     layers, costs = cost.qat_layers(model), model.meta["fxquant"].costs
     assert float(cost.bops(layers, costs)) == pytest.approx(spent(model, whole)["bops"], rel=1e-6)
+    assert cost.ideal_weight_bytes(model) == spent(model, whole)["weight_bytes"]
 
 
 @given(widths=WIDTHS, budget=BUDGETS)

@@ -15,7 +15,7 @@ PACKAGE = Path(fxquant.__file__).parent
 ORDER = [
     "errors", "files", "schedule", "grid", "ranges", "_torch_ao", "estimators", "spec",
     "integer", "computed", "layers", "layers_torch_ao", "qconfig", "capture", "canonical", "trace", "cost", "prepare",
-    "capacity", "mincut", "allocate", "ties", "freeze", "convert", "controller", "loss", "lower", "verify",
+    "budget", "capacity", "mincut", "allocate", "ties", "freeze", "convert", "controller", "loss", "lower", "verify",
     "report", "models", "timm", "synthetic", "pixels", "data", "recipe", "checkpoint", "coverage",
     "train", "bench", "cli",
 ]  # fmt: skip

@@ -182,6 +182,7 @@ MEASURES = {
     "mean_weight_bits": cost.mean_weight_bits,
     "mean_activation_bits": cost.mean_activation_bits,
     "bops": cost.bops,
+    "weight_bytes": cost.weight_bytes,
 }
 
 
@@ -200,6 +201,7 @@ def widths_moved(model):
         ("mean_weight_bits", [{True}, {False}]),
         ("mean_activation_bits", [{False}, {True}]),
         ("bops", [{True}, {True}]),
+        ("weight_bytes", [{True}, {False}]),
     ],
 )
 @pytest.mark.parametrize("factor", [0.9, 1.1])
@@ -207,15 +209,16 @@ def test_budget_pulls_the_widths(images, name, moves, factor):
     """Up to a target above, down to one below; zero exactly at the target, and one small step nearer after a step."""
     model = prepared(images)
     layers, costs = cost.qat_layers(model), model.meta["fxquant"].costs
+    base = cost.unpacked_bytes(model) if name == "weight_bytes" else 0
 
     def now():
-        return float(MEASURES[name](layers, costs).detach())
+        return float((MEASURES[name](layers, costs) + base).detach())
 
     start = now()
     at_target = QATLoss(F.cross_entropy, Budget(**{name: start}))
     assert at_target.budget_penalty(model).item() == 0
     penalty = QATLoss(F.cross_entropy, Budget(**{name: factor * start})).budget_penalty(model)
-    unit = factor * start / 100 if name == "bops" else 1.0
+    unit = factor * start / 100 if name in ("bops", "weight_bytes") else 1.0
     off = abs(1 - factor) * start / unit
     assert penalty.item() == pytest.approx(off**2 / 2 if off < 1 else off - 0.5, rel=1e-3)
     penalty.backward()
@@ -259,6 +262,7 @@ def test_budget_against_hand_made_sums(images):
         "mean_weight_bits": sum(w[n] * s[1] for n, s in sizes.items()) / sum(s[1] for s in sizes.values()),
         "mean_activation_bits": sum(a[n] * s[2] for n, s in sizes.items()) / sum(s[2] for s in sizes.values()),
         "bops": sum(w[n] * a[n] * s[0] for n, s in sizes.items()),
+        "weight_bytes": sum(w[n] * s[1] for n, s in sizes.items()) / 8,
     }
     costs = model.meta["fxquant"].costs
     for name, measure in MEASURES.items():

@@ -142,7 +142,7 @@ def test_options_that_cannot_be_honoured_are_refused_at_construction():
 # ---- budget, backends ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("field", ["mean_weight_bits", "mean_activation_bits", "bops"])
+@pytest.mark.parametrize("field", ["mean_weight_bits", "mean_activation_bits", "bops", "weight_bytes"])
 @pytest.mark.parametrize("value", [0, -1, math.nan])
 def test_a_budget_is_above_zero(field, value):
     with pytest.raises(SpecError, match=rf"budget {field}={value!r} was asked for; it must be above 0"):
