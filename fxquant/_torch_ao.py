@@ -80,6 +80,7 @@ __all__ = [
     "prepare_captured",
     "prepare_qat_fx",
     "qconfig_equals",
+    "register_decomposed",
 ]
 
 
@@ -93,6 +94,11 @@ def prepare_captured(
     fused = fuse(model, True, backend_config=backend_config)
     scopes = {node.name: ("", type(None)) for node in fused.graph.nodes}
     return insert_quantizers(fused, mapping, True, scopes, example_inputs, backend_config=backend_config)
+
+
+def register_decomposed() -> None:
+    """Make ``torch.ops.quantized_decomposed`` known, by which exported programs say quantize and dequantize."""
+    import torch.ao.quantization.fx._decomposed  # noqa: F401 - the import registers them
 
 
 @contextlib.contextmanager

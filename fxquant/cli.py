@@ -17,8 +17,9 @@ from typer.core import TyperGroup
 from . import checkpoint, report
 from .errors import FxQuantError, ParityError
 from .files import write_json
+from .lower import operators
 from .recipe import Recipe, RecipeError, load_recipe
-from .spec import get_backend
+from .spec import BACKENDS, get_backend
 from .verify import VerifyReport
 
 app = typer.Typer(
@@ -129,8 +130,8 @@ def run(
         return
     out.print(report.layer_table(outcome.model, "Who got which bits"))
     for backend, model in outcome.lowered.items():
-        if isinstance(model, fx.GraphModule):
-            out.print(report.lowering_summary(model.meta["fxquant_lowered"], backend), highlight=False)
+        if layers := operators(model):
+            out.print(report.lowering_summary(layers, backend), highlight=False)
     out.print(_summary(resolved, outcome.report, outcome.result["float_accuracy"]))
     out.print(f"written to {folder}", markup=False, highlight=False)
     outcome.report.raise_on_failure()
@@ -142,7 +143,7 @@ def lower(
         Path,
         typer.Argument(metavar="CHECKPOINT", help="a finished run: its folder, model.fxq or checkpoint.pt"),
     ],
-    backend: Annotated[str, typer.Option(help="x86, onednn, fbgemm, qnnpack, onnxruntime or openvino")] = "x86",
+    backend: Annotated[str, typer.Option(help=", ".join(BACKENDS))] = "x86",
     output: Annotated[Path | None, typer.Option(help="write the outcome as JSON to this file")] = None,
     onnx: Annotated[
         Path | None, typer.Option(help="where the runtime's file goes [default: model.onnx in the run]")
@@ -162,9 +163,9 @@ def lower(
     file = onnx or (source if source.is_dir() else source.parent) / checkpoint.ONNX_MODEL
     lowered = lower_to(loaded.reference, backend, file, weight_only_linear=weight_only)
     outcome = verify(None, loaded.reference, loaded.data.test(), lowered={backend: lowered})
-    operators = lowered.meta["fxquant_lowered"] if isinstance(lowered, fx.GraphModule) else []
-    if operators:
-        out.print(report.lowering_table(operators, backend))
+    layers = operators(lowered)
+    if layers:
+        out.print(report.lowering_table(layers, backend))
     else:
         out.print(f"written to {file}, {file.stat().st_size:,} bytes", markup=False, highlight=False)
     out.print(_summary(loaded.recipe, outcome, None))
@@ -180,7 +181,7 @@ def lower(
                 "argmax_agreement": parity.argmax_agreement,
                 "logits_equal": parity.logits_equal,
                 "max_code_difference": parity.max_code_difference,
-                "operators": [vars(layer) for layer in operators],
+                "operators": [vars(layer) for layer in layers],
             },
         )
     outcome.raise_on_failure()

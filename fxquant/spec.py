@@ -158,6 +158,7 @@ class BackendSpec:
         agreement: the least share of images, in per cent, on which the lowered model's argmax must be that of the
             reference for :func:`fxquant.verify` to accept it.
         reads_onnx: whether it is a runtime that reads what :func:`fxquant.export_onnx` writes.
+        compiles: whether it is torch's compiler, which takes the exported program.
         adds_in_layer: whether the kernel of a layer adds a residual before it rounds. Then the layer's result goes
             into the addition as it is; elsewhere both operands lie on the 8-bit grid.
         depthwise_bits: widest activations that its depthwise convolutions compute rightly with 8-bit weights.
@@ -168,6 +169,7 @@ class BackendSpec:
     name: str
     agreement: float
     reads_onnx: bool = False
+    compiles: bool = False
     adds_in_layer: bool = False
     depthwise_bits: int = 8
     saturates_without_vnni: bool = True
@@ -178,6 +180,7 @@ BACKENDS: dict[str, BackendSpec] = {
     for spec in (
         BackendSpec("x86", agreement=99.9, adds_in_layer=True),
         BackendSpec("onednn", agreement=99.9, adds_in_layer=True),
+        BackendSpec("inductor", agreement=99.9, compiles=True, adds_in_layer=True),  # with onednn's kernels
         # Its 3x3 depthwise kernel adds in 16 bits whatever the CPU: up to 200 codes off at full 8 bits.
         BackendSpec("fbgemm", agreement=99.9, depthwise_bits=7),
         # qnnpack rounds a requantized value up or down by one code in 0.1-0.3 % of outputs even at 8 bits.

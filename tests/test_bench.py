@@ -186,7 +186,7 @@ def test_what_is_missing_or_fails_is_a_row_with_its_reason(fakes):
 
 
 def test_an_engine_that_torch_lacks_is_absent(monkeypatch):
-    monkeypatch.setattr("fxquant.bench.contender.require_engine", lacks)
+    monkeypatch.setattr("fxquant.bench.contender.require_backend", lacks)
     (row,) = (c for c in bench.contenders((8,), ["qnnpack"]) if c.backend)
     assert "this build of torch" in row.absence()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import FxQuantError
 from ..grid import check_bits
-from ..lower import require_engine
+from ..lower import require_backend
 from ..spec import BACKENDS, BackendSpec, get_backend
 from .artefacts import RUN, reference_file
 from .job import FLOAT, FLOAT_ONNX
@@ -47,9 +47,9 @@ class Contender:
         missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
         if missing:
             return f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}"
-        if self.backend in ("x86", "onednn", "fbgemm", "qnnpack"):
+        if self.backend:
             try:
-                require_engine(self.backend)
+                require_backend(self.backend)
             except FxQuantError as error:
                 return str(error)
         return ""
@@ -92,7 +92,7 @@ def profile(backend: str) -> str:
 
 
 def _preparation(spec: BackendSpec) -> BackendSpec:
-    return replace(spec, name="", agreement=0.0, reads_onnx=False)
+    return replace(spec, name="", agreement=0.0, reads_onnx=False, compiles=False)
 
 
 def label(backend: str, widths: int | str) -> str:

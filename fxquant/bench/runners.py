@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..lower import packed
+from ..lower import operators, packed
 from ..lower.onnx import OnnxModel
 from ..spec import get_backend
 from ..train import lower_to
@@ -65,7 +65,7 @@ def _open_ours(contender: Contender, job: Job) -> Opened:
     def bind(images: Tensor) -> tuple[Call, str]:
         """Lowered anew: torch's onednn kernels cache what they prepare for the first shape they see, and no other."""
         model = backend_model(reference, contender.backend, images, written, job.threads)
-        stayed = [layer for layer in model.meta.get("fxquant_lowered", []) if layer.kernel == "reference"]
+        stayed = [layer for layer in operators(model) if layer.kernel == "reference"]
         return lambda: model(images), f"{len(stayed)} operators stay on the reference" if stayed else ""
 
     return Opened(bind, packed_file.stat().st_size)

@@ -12,7 +12,7 @@ from ..controller import param_groups
 from ..convert import convert
 from ..cost import quantizer_parameters
 from ..freeze import freeze
-from ..lower import lower
+from ..lower import lower, operators
 from ..prepare import prepare
 from ..spec import Rule
 from ..verify import verify
@@ -48,7 +48,7 @@ def stages(row: Row, model: nn.Module, images: Tensor) -> Iterator[None]:
     reference = convert(prepared)
     yield
     lowered = lower(reference, "x86")
-    on_kernels = {r.layer for r in lowered.meta["fxquant_lowered"] if r.layer and r.kernel != "reference"}
+    on_kernels = {r.layer for r in operators(lowered) if r.layer and r.kernel != "reference"}
     integer = _integer_macs(reference, on_kernels, info.costs)
     row.integer_macs = round(min(integer / max(probe.total_macs(model, images[:1]), 1), 1.0), 4)
     yield

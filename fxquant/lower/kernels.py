@@ -92,18 +92,10 @@ class OnednnLayer(Kernel):
             self.post = ("none", [], "")
             self.finish = (relu, rescale.ceiling) if relu else None
         else:
-            scale, zero = float(exit_.scale), int(exit_.zero_point)
-            self.result = (scale, zero, torch.uint8)
-            lowest, highest = (exit_.quant_min - zero) * scale, (exit_.quant_max - zero) * scale
-            low = max(lowest, 0.0) if relu else lowest
-            high = highest if rescale.ceiling is None else min(highest, rescale.ceiling)
+            self.result = (float(exit_.scale), int(exit_.zero_point), torch.uint8)
+            self.post = activation or post_operation(exit_, relu, rescale.ceiling)
             if activation is not None:
-                self.post = activation
                 self.bounds = (exit_.quant_min, exit_.quant_max)
-            elif high < (255 - zero) * scale or low > max(-zero * scale, 0.0) or (low > -zero * scale and not relu):
-                self.post = ("hardtanh", [low, high], "")
-            else:
-                self.post = ("relu", [], "") if relu and zero > 0 else ("none", [], "")
         if self.bounds == (0, 255):
             self.bounds = None
         self.kernel += "".join(f" + {part}" for part in (addend is not None and "sum", self._post_name()) if part)
@@ -161,6 +153,21 @@ class OnednnLayer(Kernel):
         if self.finish is not None:
             out = activate(out, *self.finish)
         return out if self.bounds is None else out.clamp_(*self.bounds)
+
+
+def post_operation(exit_: Quantize, relu: bool, ceiling: float | None) -> tuple[str, list[float], str]:
+    """What a kernel that saturates at 8 bits has to do before it rounds onto a grid, so that the codes stay inside it.
+
+    Returns:
+        onednn's name of it (hardtanh, relu or none), its scalars, and its algorithm, of which there is none.
+    """
+    scale, zero = float(exit_.scale), int(exit_.zero_point)
+    lowest, highest = (exit_.quant_min - zero) * scale, (exit_.quant_max - zero) * scale
+    low = max(lowest, 0.0) if relu else lowest
+    high = highest if ceiling is None else min(highest, ceiling)
+    if high < (255 - zero) * scale or low > max(-zero * scale, 0.0) or (low > -zero * scale and not relu):
+        return "hardtanh", [low, high], ""
+    return ("relu" if relu and zero > 0 else "none"), [], ""
 
 
 def _channels_last(x: Tensor) -> Tensor:

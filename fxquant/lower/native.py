@@ -1,4 +1,4 @@
-"""lower(): the reference integer graph on torch's own integer kernels (x86, onednn, fbgemm, qnnpack).
+"""The reference integer graph on torch's own integer kernels (x86, onednn, fbgemm, qnnpack).
 
 Between kernels flow plain uint8 codes. torch's kernels saturate at 8 bits whatever the width, so every one clamps to
 the codes of the width that was trained. Every one is also compared with the reference on one real batch as it is
@@ -24,7 +24,6 @@ from torch.nn import functional as F
 from ..errors import SpecError
 from ..integer import Dequantize, IntegerConv2d, Quantize, Rescale
 from ..prepare import _images, has_vnni, prepared_info
-from ..spec import get_backend
 from . import kernels
 from .kernels import Kernel
 
@@ -54,39 +53,28 @@ class LoweredLayer:
     layer: str = ""
 
 
-def lower(
-    reference: fx.GraphModule, backend: str | None = None, *, calibration: Iterable | None = None
-) -> fx.GraphModule:
-    """Put a reference integer graph on integer kernels, each checked against the reference as it is built.
+def lower(reference: fx.GraphModule, backend: str, batch: Tensor) -> fx.GraphModule:
+    """See :func:`fxquant.lower`.
 
     Args:
         reference: from :func:`fxquant.convert`; not modified.
-        backend: ``x86``, ``onednn``, ``fbgemm`` or ``qnnpack``; the one named at prepare by default.
-        calibration: batches, of which the first is the check; the data given to prepare by default.
-
-    Returns:
-        A graph module on float inputs whose ``meta["fxquant_lowered"]`` lists one :class:`LoweredLayer` per
-        operator.
-
-    Raises:
-        UnknownNameError: unknown backend.
-        SpecError: an engine that this build of torch lacks, a backend that reads a file, or no batch to check against.
+        backend: one of torch's engines.
+        batch: on which each kernel is compared with the reference.
     """
-    info = prepared_info(reference)
-    asked = get_backend(backend or info.backend)
-    if asked.reads_onnx:
-        raise SpecError(
-            f"backend {asked.name!r} reads a file: write it with fxquant.export_onnx(reference, path), and run it with "
-            "fxquant.OnnxModel(path) or fxquant.OpenVinoModel(path)"
-        )
-    backend = asked.name
-    require_engine(backend)
-    data = calibration if calibration is not None else info.calibration
-    if data is None:
-        raise SpecError("lower needs one batch to check kernels against: pass calibration=loader")
-    batch = next(_images(data))
     with _kernels(backend):
         return _Lowering(copy.deepcopy(reference), backend, batch).run()
+
+
+def check_batch(reference: fx.GraphModule, calibration: Iterable | None) -> Tensor:
+    """The batch on which kernels are compared with the reference: the first of ``calibration``, or of prepare's data.
+
+    Raises:
+        SpecError: where there is neither.
+    """
+    data = calibration if calibration is not None else prepared_info(reference).calibration
+    if data is None:
+        raise SpecError("lower needs one batch to check kernels against: pass calibration=loader")
+    return next(_images(data))
 
 
 def require_engine(backend: str) -> None:
@@ -142,7 +130,7 @@ class _Lowering:
         entry_node = layer_node.args[0]
         layer, entry = self._module(layer_node), self._module(entry_node)
         operands = layer, entry, rescale
-        after = _only_user(rescale_node)
+        after = only_user(rescale_node)
         exit_ = self._module(after)
         failed: LoweredLayer | None = None
         done = False
@@ -151,7 +139,7 @@ class _Lowering:
             elsewhere = functools.partial(kernels.QuantizedLayer, *operands, exit_)
             done, failed = self._try(after, (entry_node,), onednn(exit_, elsewhere=elsewhere))
         elif (post := _post_operation(after, exit_)) and not rescale.relu:
-            end = _only_user(after)
+            end = only_user(after)
             if isinstance(self._module(end), Quantize):
                 done, failed = self._try(end, (entry_node,), onednn(self._module(end), activation=post))
         elif _is_addition(after) and not rescale.relu:
@@ -170,9 +158,9 @@ class _Lowering:
         """A layer that adds a residual before it rounds, with the ReLU after that."""
         other = add.args[1] if add.args[0] is rescale_node else add.args[0]
         addend = self._module(other)
-        end = _only_user(add)
+        end = only_user(add)
         relu = end is not None and _is_relu(end, self._module(end))
-        end = _only_user(end) if relu else end
+        end = only_user(end) if relu else end
         exit_ = self._module(end)
         if not (isinstance(addend, Dequantize) and isinstance(exit_, Quantize)):
             return False, None
@@ -307,7 +295,7 @@ def _onednn(*operands, elsewhere: Callable[[], Kernel] | None = None, **options)
     return build
 
 
-def _only_user(node: fx.Node | None) -> fx.Node | None:
+def only_user(node: fx.Node | None) -> fx.Node | None:
     return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
 
 

@@ -21,12 +21,11 @@ from ..errors import FxQuantError
 from ..files import write_json, write_whole
 from ..freeze import freeze, settle
 from ..loss import QATLoss
-from ..lower import onnx, packed, require_engine
+from ..lower import onnx, packed, require_backend
 from ..prepare import prepare
 from ..recipe import FloatSection, Recipe, TrainSection
 from ..report import layer_rows
 from ..schedule import cosine
-from ..spec import get_backend
 from ..verify import VerifyReport, verify
 from .average import WeightAverage
 from .build import build_model, make_optimizer, model_and_data, prepared_without_data, statistics_images
@@ -144,10 +143,7 @@ class _Run:
             require_reachable(model, self.recipe.built_budget())
             make_optimizer(param_groups(model, 1e-3), self.recipe.train.optimizer)
         for backend in self.recipe.quantization.lower if self.recipe.quantizes else ():
-            if get_backend(backend).reads_onnx:
-                onnx.require_packages("onnx", "onnxscript", backend)
-            else:
-                require_engine(backend)
+            require_backend(backend)
         with torch.no_grad():
             outputs = float_model.eval()(data.example).shape[-1]
         if data.classes not in (None, outputs):

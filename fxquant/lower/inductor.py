@@ -1,0 +1,213 @@
+"""The reference integer graph through torch.export and Inductor, torch's compiler: one program without torch.ao.
+
+The compiler knows an integer layer by its pattern, dequantize -> layer -> quantize in float operators, and puts one of
+onednn's kernels in its place. It looks at the 8-bit type of the codes and not at their bounds, so that narrower widths
+are clamped in the pattern, by a hardtanh that the kernel takes in. A layer that onednn computes wrongly is no pattern:
+it stays on integers as the reference has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
+from torch._inductor import config, exc
+from torch._inductor.cpp_builder import get_cpp_compiler
+
+from .. import _torch_ao
+from ..errors import SpecError
+from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
+from . import kernels, native
+
+_KERNELS_FROM = "onednn"
+_MATCHERS = {"conv2d": "qconv_weight_prepack_matcher_count", "linear": "qlinear_weight_prepack_matcher_count"}
+
+
+class InductorModel:
+    """A compiled model: images [N, C, H, W] in, logits out. N may change from call to call.
+
+    Each of N = 1 and N > 1 is compiled at its first call, which takes a minute or so.
+
+    Args:
+        reference: from :func:`fxquant.convert`; not modified.
+        batch: images, on which each of onednn's kernels is compared with the reference.
+
+    Attributes:
+        meta: ``fxquant_lowered`` lists one :class:`fxquant.lower.LoweredLayer` per operator.
+    """
+
+    def __init__(self, reference: fx.GraphModule, batch: Tensor):
+        checked = native.lower(reference, _KERNELS_FROM, batch)
+        self.meta = {"fxquant_lowered": [_compiled(entry) for entry in checked.meta["fxquant_lowered"]]}
+        sound = {entry.layer for entry in self.meta["fxquant_lowered"] if entry.layer and not entry.reason}
+        graph, self.patterns = decompose(reference, sound)
+        example = batch if len(batch) > 1 else batch.repeat(2, 1, 1, 1)  # one image would be taken for a constant
+        with torch.no_grad():
+            graph(example)  # integer layers decide at their first call how to carry their sums
+        program = torch.export.export(graph, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        self._shape = tuple(batch.shape[1:])
+        with _torchs_own_warnings_silenced():
+            self._run = torch.compile(program.module(), dynamic=True)
+        self._compiled: set[bool] = set()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[1:]) != self._shape:
+            raise SpecError(
+                f"images of shape {tuple(images.shape)} were given; this model was compiled for [N, "
+                f"{', '.join(map(str, self._shape))}]. Lower again with calibration images of that size"
+            )
+        if (single := len(images) == 1) in self._compiled:
+            return self._run(images)
+        before = Counter(counters["inductor"])
+        with config.patch(freezing=True), _torchs_own_warnings_silenced():
+            out = self._run(images)
+        self._compiled.add(single)
+        for kind, count in self.patterns.items():
+            found = counters["inductor"][_MATCHERS[kind]] - before[_MATCHERS[kind]]
+            # The product with a single row is no pattern: it is written out as multiplications and sums.
+            if found < count and not (single and kind == "linear"):
+                warnings.warn(
+                    f"Inductor of torch {torch.__version__} put {found} of {count} {kind} layers on integer kernels; "
+                    "the others compute the same in float, slowly. From torch 2.15 on its patterns come with torchao",
+                    stacklevel=2,
+                )
+        return out
+
+
+def require_compiler() -> None:
+    """Raises :class:`SpecError` where Inductor finds no C++ compiler, or this torch has no onednn."""
+    native.require_engine(_KERNELS_FROM)
+    try:
+        get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        raise SpecError(
+            "backend 'inductor' was asked for, whose programs are compiled, and no C++ compiler was found: install g++ "
+            "or clang++, or name one in the environment variable CXX"
+        ) from None
+
+
+def decompose(reference: fx.GraphModule, layers: set[str]) -> tuple[fx.GraphModule, Counter[str]]:
+    """A copy of a reference graph in the operators whose patterns Inductor knows.
+
+    Args:
+        reference: not modified.
+        layers: names of the :class:`~fxquant.integer.Rescale` nodes whose layers become patterns.
+
+    Returns:
+        The graph, on float images, and how many patterns it has of each kind, conv2d or linear.
+    """
+    _torch_ao.register_decomposed()
+    model = copy.deepcopy(reference)
+    writer = _Decomposition(model, layers)
+    for node in list(model.graph.nodes):
+        writer.rewrite(node)
+    model.graph.eliminate_dead_code()
+    model.delete_all_unused_submodules()
+    model.graph.lint()
+    model.recompile()
+    return model, writer.patterns
+
+
+class _Decomposition:
+    """Rewrites a graph in place, one node at a time, in the order of execution."""
+
+    def __init__(self, model: fx.GraphModule, layers: set[str]):
+        self.model, self.graph, self.layers = model, model.graph, layers
+        self.modules = dict(model.named_modules())
+        self.patterns: Counter[str] = Counter()
+        self.quantizers: dict[fx.Node, Quantize] = {}
+        self.ops = torch.ops.quantized_decomposed
+
+    def _module(self, node) -> nn.Module | None:
+        is_call = isinstance(node, fx.Node) and node.op == "call_module"
+        return self.modules.get(node.target) if is_call else None
+
+    def rewrite(self, node: fx.Node) -> None:
+        module = self._module(node)
+        with self.graph.inserting_before(node):
+            if isinstance(module, Quantize):
+                bounds = (module.quant_min, module.quant_max, torch.uint8)
+                new = self._call(self.ops.quantize_per_tensor.default, node.args[0], *_grid(module), *bounds)
+                self.quantizers[new] = module
+            elif isinstance(module, Dequantize):
+                new = self._dequantize(node.args[0], module)
+            elif isinstance(module, Rescale) and node.name in self.layers:
+                new = self._layer(node, module)
+            else:
+                return
+        node.replace_all_uses_with(new)
+
+    def _layer(self, node: fx.Node, rescale: Rescale) -> fx.Node:
+        """dequantize -> layer -> activation, between the bounds of the Quantize that follows."""
+        layer_node = node.args[0]
+        layer, codes = self._module(layer_node), layer_node.args[0]
+        entry = self.quantizers[codes]
+        sum_scale = rescale.scale.to(torch.float64)
+        weight = self._call(
+            self.ops.dequantize_per_channel.default,
+            self._constant(node, "weight", layer.weight),
+            self._constant(node, "scale", (sum_scale / float(entry.scale)).to(torch.float32)),
+            self._constant(node, "zero_point", torch.zeros_like(sum_scale, dtype=torch.int64)),
+            *(0, -128, 127, torch.int8),
+        )
+        bias = self._constant(node, "bias", (layer.bias.to(torch.float64) * sum_scale).to(torch.float32))
+        operands = self._dequantize(codes, entry), weight, bias
+        if isinstance(layer, IntegerConv2d):
+            geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+            out = self._call(torch.ops.aten.conv2d.default, *operands, *geometry)
+            self.patterns["conv2d"] += 1
+        else:
+            assert isinstance(layer, IntegerLinear)
+            out = self._call(torch.ops.aten.linear.default, *operands)
+            self.patterns["linear"] += 1
+        return self._activation(out, rescale, self._module(native.only_user(node)))
+
+    def _activation(self, out: fx.Node, rescale: Rescale, exit_: nn.Module | None) -> fx.Node:
+        if isinstance(exit_, Quantize):
+            name, bounds, _ = kernels.post_operation(exit_, rescale.relu, rescale.ceiling)
+        elif rescale.relu:
+            name, bounds = ("relu", []) if rescale.ceiling is None else ("hardtanh", [0.0, rescale.ceiling])
+        else:
+            return out
+        if name == "hardtanh":
+            return self._call(torch.ops.aten.hardtanh.default, out, *bounds)
+        return self._call(torch.ops.aten.relu.default, out) if name == "relu" else out
+
+    def _dequantize(self, codes: fx.Node, grid: Quantize | Dequantize) -> fx.Node:
+        return self._call(self.ops.dequantize_per_tensor.default, codes, *_grid(grid), 0, 255, torch.uint8)
+
+    def _constant(self, node: fx.Node, kind: str, value: Tensor) -> fx.Node:
+        name = f"{node.name}_{kind}"
+        self.model.register_buffer(name, value.clone())
+        return self.graph.get_attr(name)
+
+    def _call(self, operator, *args) -> fx.Node:
+        return self.graph.call_function(operator, args)
+
+
+@contextlib.contextmanager
+def _torchs_own_warnings_silenced() -> Iterator[None]:
+    """Within it, torch's compiler does not tell users what it thinks of its own code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="To copy construct from a tensor", module=r"torch\._inductor")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
+        yield
+
+
+def _compiled(entry: native.LoweredLayer) -> native.LoweredLayer:
+    """What becomes of an operator here that has been lowered to onednn."""
+    if not entry.layer:
+        return replace(entry, kernel="generated", reason="")
+    return replace(entry, kernel="reference") if entry.reason else entry
+
+
+def _grid(quantizer: Quantize | Dequantize) -> tuple[float, int]:
+    return float(quantizer.scale), int(quantizer.zero_point)

@@ -1,0 +1,96 @@
+"""The compiled program: the reference's argmax, on kernels, at narrow widths too; what is wrong or missing is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fxquant as fq
+from fxquant.errors import SpecError
+from fxquant.integer import IntegerConv2d, Rescale
+from fxquant.lower import inductor, kernels, operators
+from tests.models import TinyResidual, settle
+from tests.test_lower import corrupted, reference_of
+
+OPS = "quantized_decomposed"
+
+try:
+    inductor.require_compiler()
+    lacking = ""
+except SpecError as error:
+    lacking = str(error)
+
+needs_compiler = pytest.mark.skipif(bool(lacking), reason=lacking)
+
+
+def rescales(reference) -> set[str]:
+    modules = dict(reference.named_modules())
+    return {n.name for n in reference.graph.nodes if isinstance(modules.get(n.target), Rescale)}
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 16, 16)
+    return reference_of(settle(TinyResidual(), x), x, bits=3), x
+
+
+@needs_compiler
+def test_the_compiled_program_agrees_on_batches_of_any_size(narrow):
+    reference, x = narrow
+    model = fq.lower(reference, "inductor", calibration=[x[:1]])
+    assert {entry.kernel.split(" + ")[0] for entry in operators(model) if entry.layer} == {
+        "onednn.qconv_pointwise",
+        "onednn.qlinear_pointwise (sums)",
+    }
+    test = [torch.randn(n, 3, 16, 16) for n in (64, 5, 1)]
+    parity = fq.verify(None, reference, test, lowered={"inductor": model}).lowered["inductor"]
+    assert parity.argmax_agreement == 100
+    wide = 4 * torch.randn(32, 3, 16, 16)  # beyond the bounds of every grid
+    torch.testing.assert_close(model(wide), reference(wide), rtol=1e-5, atol=1e-5)
+    with pytest.raises(SpecError, match=r"\[N, 3, 16, 16\]"):
+        model(torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_every_layer_becomes_a_pattern_clamped_to_its_width(bits):
+    x = torch.randn(16, 3, 16, 16)
+    reference = reference_of(settle(TinyResidual(), x), x, bits)
+    graph, patterns = inductor.decompose(reference, rescales(reference))
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert (
+        patterns.total() == len(rescales(reference)) == sum("aten.conv2d" in t or "aten.linear" in t for t in targets)
+    )
+    assert not any(isinstance(module, IntegerConv2d) for module in graph.modules())
+    assert bits == 8 or any("hardtanh" in target for target in targets)
+    for batch in (x, 4 * x):
+        # In float, a sum may land on the other side of a tie, which moves one code; nothing else may differ.
+        torch.testing.assert_close(graph(batch), reference(batch), rtol=0.05, atol=0.05 * float(reference(x).std()))
+
+
+def test_a_layer_that_onednn_computes_wrongly_stays_on_the_references_integers(narrow, monkeypatch):
+    reference, x = narrow
+    monkeypatch.setattr(kernels.OnednnLayer, "forward", corrupted(kernels.OnednnLayer.forward, 2))
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    model = fq.lower(reference, "inductor", calibration=[x])
+    wrong = [entry for entry in operators(model) if entry.layer and "off by" in entry.reason]
+    assert wrong
+    assert {entry.kernel for entry in wrong} == {"reference"}
+    assert model.patterns.total() == len(rescales(reference)) - len(wrong)
+
+
+def test_patterns_that_the_compiler_does_not_find_are_said(narrow, monkeypatch):
+    reference, x = narrow
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)  # finds none at all
+    model = fq.lower(reference, "inductor", calibration=[x])
+    with pytest.warns(UserWarning, match="put 0 of [41] (conv2d|linear) layers on integer kernels") as said:
+        model(x)
+    assert len(said) == 2
+
+
+def test_a_machine_without_a_compiler_is_told_what_to_install(narrow, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    inductor.get_cpp_compiler.cache_clear() if hasattr(inductor.get_cpp_compiler, "cache_clear") else None
+    with pytest.raises(SpecError, match=r"no C\+\+ compiler was found: install g\+\+"):
+        fq.lower(narrow[0], "inductor", calibration=[narrow[1]])
