@@ -79,7 +79,8 @@ def list_recipes(
         recipe = load_recipe(path)
         budget = ", ".join(f"{k} {v:g}" for k, v in recipe.budget.model_dump().items() if v is not None)
         rules = ", ".join(f"{r.pattern} W{r.weight_bits}A{r.activation_bits}" for r in recipe.built_rules())
-        table.add_row(path.name, recipe.model.name, recipe.data.name, recipe.quantization.estimator, rules, budget)
+        estimator = recipe.quantization.estimator if recipe.quantizes else "float"
+        table.add_row(path.name, recipe.model.name, recipe.data.name, estimator, rules, budget)
     out.print(table)
 
 
