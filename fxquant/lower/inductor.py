@@ -33,7 +33,7 @@ _MATCHERS = {"conv2d": "qconv_weight_prepack_matcher_count", "linear": "qlinear_
 class InductorModel:
     """A compiled model: images [N, C, H, W] in, logits out. N may change from call to call.
 
-    Each of N = 1 and N > 1 is compiled at its first call, which takes a minute or so.
+    The first call compiles for its N, one with another N for any N, and one with N = 1 for that: up to a minute each.
 
     Args:
         reference: from :func:`fxquant.convert`; not modified.
@@ -54,8 +54,8 @@ class InductorModel:
         program = torch.export.export(graph, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
         self._shape = tuple(batch.shape[1:])
         with _torchs_own_warnings_silenced():
-            self._run = torch.compile(program.module(), dynamic=True)
-        self._compiled: set[bool] = set()
+            self._run = torch.compile(program.module())
+        self._sizes: set[int] = set()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -64,12 +64,17 @@ class InductorModel:
                 f"images of shape {tuple(images.shape)} were given; this model was compiled for [N, "
                 f"{', '.join(map(str, self._shape))}]. Lower again with calibration images of that size"
             )
-        if (single := len(images) == 1) in self._compiled:
+        if len(images) in self._sizes:
             return self._run(images)
         before = Counter(counters["inductor"])
         with config.patch(freezing=True), _torchs_own_warnings_silenced():
             out = self._run(images)
-        self._compiled.add(single)
+        if not self._sizes:
+            self._say_what_was_not_found(before, len(images) == 1)
+        self._sizes.add(len(images))
+        return out
+
+    def _say_what_was_not_found(self, before: Counter[str], single: bool) -> None:
         for kind, count in self.patterns.items():
             found = counters["inductor"][_MATCHERS[kind]] - before[_MATCHERS[kind]]
             # The product with a single row is no pattern: it is written out as multiplications and sums.
@@ -77,9 +82,8 @@ class InductorModel:
                 warnings.warn(
                     f"Inductor of torch {torch.__version__} put {found} of {count} {kind} layers on integer kernels; "
                     "the others compute the same in float, slowly. From torch 2.15 on its patterns come with torchao",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-        return out
 
 
 def require_compiler() -> None:
