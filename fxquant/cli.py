@@ -18,6 +18,7 @@ from . import checkpoint, report
 from .errors import FxQuantError, ParityError
 from .files import write_json
 from .lower import operators
+from .lower.onnx import TWO_BIT_FORMS
 from .recipe import Recipe, RecipeError, load_recipe
 from .spec import BACKENDS, get_backend
 from .verify import VerifyReport
@@ -152,17 +153,25 @@ def lower(
     weight_only: Annotated[
         bool, typer.Option("--weight-only", help="in the file, linear layers of up to 4 bits multiply in float")
     ] = False,
+    two_bit: Annotated[
+        str, typer.Option(help=f"in the file, form of 1- and 2-bit weights: {' or '.join(TWO_BIT_FORMS)} (opset 25)")
+    ] = TWO_BIT_FORMS[0],
 ) -> None:
     """Put a finished run's integers on a backend's kernels, or in its file; verify on the held-out images."""
     from .train import load_run, lower_to
     from .verify import verify
 
-    if not get_backend(backend).reads_onnx and (onnx is not None or weight_only):
-        given = "--weight-only" if onnx is None else f"--onnx {onnx}"
+    options = {
+        f"--onnx {onnx}": onnx is not None,
+        "--weight-only": weight_only,
+        f"--two-bit {two_bit}": two_bit != "bytes",
+    }
+    given = " ".join(option for option, is_given in options.items() if is_given)
+    if given and not get_backend(backend).reads_onnx:
         raise FxQuantError(f"{given} was given, but backend {backend!r} reads no file; leave it out")
     loaded = load_run(source)
     file = onnx or (source if source.is_dir() else source.parent) / checkpoint.ONNX_MODEL
-    lowered = lower_to(loaded.reference, backend, file, weight_only_linear=weight_only)
+    lowered = lower_to(loaded.reference, backend, file, weight_only_linear=weight_only, two_bit=two_bit)
     outcome = verify(None, loaded.reference, loaded.data.test(), lowered={backend: lowered})
     layers = operators(lowered)
     if layers:

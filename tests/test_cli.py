@@ -70,7 +70,7 @@ def test_lower_reads_the_run_back_and_agrees(short_run, tmp_path):
 
 
 def test_what_is_said_of_a_file_needs_a_backend_that_reads_one(short_run, tmp_path):
-    for option in (("--weight-only",), ("--onnx", tmp_path / "x.onnx")):
+    for option in (("--weight-only",), ("--onnx", tmp_path / "x.onnx"), ("--two-bit", "int2")):
         done = fxquant("lower", short_run[1], "--backend", "x86", *option)
         assert done.returncode == 2
         assert f"{option[0]}" in done.stderr

@@ -17,14 +17,15 @@ def lower_to(
     *,
     threads: int | None = None,
     weight_only_linear: bool = False,
+    two_bit: str = "bytes",
 ) -> fx.GraphModule | onnx.OnnxModel | onnx.OpenVinoModel:
     """The reference on a backend: lowered, or in a runtime that reads ``onnx_file``, which is written then.
 
     Args:
         threads: a runtime's own, its choice when None; torch's kernels follow ``torch.set_num_threads``.
-        weight_only_linear: of :func:`fxquant.export_onnx`; where no file is written it says nothing.
+        weight_only_linear, two_bit: of :func:`fxquant.export_onnx`; where no file is written they say nothing.
     """
     if not get_backend(backend).reads_onnx:
         return lower(reference, backend)
-    onnx.export_onnx(reference, onnx_file, weight_only_linear=weight_only_linear)
+    onnx.export_onnx(reference, onnx_file, weight_only_linear=weight_only_linear, two_bit=two_bit)
     return onnx.RUNTIMES[backend](onnx_file, threads)
