@@ -38,6 +38,10 @@ class Quantize(nn.Module):
         q = grid.quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
         return q.to(torch.uint8)
 
+    def highest_below(self, ceiling: float | None) -> int:
+        """The largest code that a value of at most ``ceiling`` gets: the grid is monotone."""
+        return self.quant_max if ceiling is None else int(self(self.scale.new_tensor(ceiling)))
+
     def extra_repr(self) -> str:
         return (
             f"scale={self.scale.item():.6g}, zero_point={self.zero_point.item()}, "

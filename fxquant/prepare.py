@@ -20,9 +20,9 @@ from .computed import effective_weight
 from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecError
 from .estimators import Bits, Estimator
 from .grid import check_bits
-from .layers import QATLayer
+from .layers import QATConv2d, QATLayer
 from .qconfig import EDGE_OPERATORS, QUANTIZABLE, edge_qconfig, get_backend_config, get_qat_qconfig
-from .spec import RESIDUAL_BITS, Rule, get_backend, resolve_rules
+from .spec import RESIDUAL_BITS, BackendSpec, Rule, get_backend, resolve_rules
 from .trace import DIFFERENCE, OPAQUE, trace
 
 # A squeeze needs the penalty of QATLoss, which plain torch.ao use does not have: only prepare() starts one.
@@ -148,7 +148,7 @@ def prepare(
     with deprecations_silenced():
         config = get_backend_config(backend, captured=True)
         prepared = prepare_captured(traced.train(), mapping, example_inputs, config)
-    _place_edges(prepared, get_backend(backend).adds_in_layer)
+    _place_edges(prepared, get_backend(backend))
     _share_grids(prepared)
     for name, module in prepared.named_modules():
         if isinstance(module, Estimator):
@@ -330,13 +330,14 @@ def _share_grids(prepared: fx.GraphModule) -> None:
             layer.input_fake_quant, layer.input_is_quantized = edge, True
 
 
-def _place_edges(prepared: fx.GraphModule, adds_in_layer: bool) -> None:
+def _place_edges(prepared: fx.GraphModule, profile: BackendSpec) -> None:
     """Keep the edge quantizers that integer operators need, drop the rest, and name them after their producer.
 
     torch.ao observes every output. A layer quantizes its own input, so an edge matters only where it carries the
     result or an operand of an addition, multiplication or concatenation, directly or through operators that share
-    their quantizer between input and output (poolings, shape operators). ``adds_in_layer``: of a residual addition,
-    the operand that a layer has just computed goes without.
+    their quantizer between input and output (poolings, shape operators); and, where the backend's convolutions give
+    codes alone, at the result of one that float operators read. Where a layer adds a residual itself, what it has just
+    computed goes without.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
 
@@ -352,11 +353,14 @@ def _place_edges(prepared: fx.GraphModule, adds_in_layer: bool) -> None:
         if _is_sum(node.args[0]) or any(_is_arithmetic(user) for user in node.users):
             kept.add(node)
             continue
+        if not profile.float_convolutions and _is_float_convolution(node, modules):
+            kept.add(node)
+            continue
         through = (onward for user in node.users for onward in user.users)
         if any(onward in kept and edge_of(onward) is edge_of(node) for onward in through):
             kept.add(node)
 
-    if adds_in_layer:
+    if profile.adds_in_layer:
         kept -= _unrounded_addends(prepared, kept, modules)
 
     names: dict[int, str] = {}
@@ -394,6 +398,27 @@ def _unrounded_addends(prepared: fx.GraphModule, kept: set[fx.Node], modules: di
                 found.add(operand)
                 break
     return found
+
+
+def _is_float_convolution(edge: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether an edge follows a convolution whose result an operator reads that is no layer, nor the model's output.
+
+    A maximum of codes is the code of the maximum: runtimes round before a max pooling what is to be rounded after it.
+    """
+    producer = edge.args[0]
+    if producer.op != "call_module" or not isinstance(modules.get(producer.target), QATConv2d):
+        return False
+
+    def read_as_codes(edge: fx.Node) -> bool:
+        readers = ((user, modules.get(user.target) if user.op == "call_module" else None) for user in edge.users)
+        return all(
+            user.op == "output"
+            or isinstance(module, QATLayer)
+            or (isinstance(module, nn.MaxPool2d) and all(read_as_codes(onward) for onward in user.users))
+            for user, module in readers
+        )
+
+    return not read_as_codes(edge)
 
 
 def _is_arithmetic(node: fx.Node) -> bool:

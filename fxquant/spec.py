@@ -161,6 +161,8 @@ class BackendSpec:
         compiles: whether it is torch's compiler, which takes the exported program.
         adds_in_layer: whether the kernel of a layer adds a residual before it rounds. Then the layer's result goes
             into the addition as it is; elsewhere both operands lie on the 8-bit grid.
+        float_convolutions: whether its integer convolutions can give a float result. Else what float operators read of
+            one lies on the 8-bit grid, as the convolution itself would run in float.
         depthwise_bits: widest activations that its depthwise convolutions compute rightly with 8-bit weights.
         saturates_without_vnni: whether, on an x86 CPU without VNNI instructions, its kernels add pairs of products in
             16 bits, which 8-bit weights overflow.
@@ -171,6 +173,7 @@ class BackendSpec:
     reads_onnx: bool = False
     compiles: bool = False
     adds_in_layer: bool = False
+    float_convolutions: bool = True
     depthwise_bits: int = 8
     saturates_without_vnni: bool = True
 
@@ -182,10 +185,10 @@ BACKENDS: dict[str, BackendSpec] = {
         BackendSpec("onednn", agreement=99.9, adds_in_layer=True),
         BackendSpec("inductor", agreement=99.9, compiles=True, adds_in_layer=True),  # with onednn's kernels
         # Its 3x3 depthwise kernel adds in 16 bits whatever the CPU: up to 200 codes off at full 8 bits.
-        BackendSpec("fbgemm", agreement=99.9, depthwise_bits=7),
+        BackendSpec("fbgemm", agreement=99.9, float_convolutions=False, depthwise_bits=7),
         # qnnpack rounds a requantized value up or down by one code in 0.1-0.3 % of outputs even at 8 bits.
-        BackendSpec("qnnpack", agreement=98.0, saturates_without_vnni=False),
-        BackendSpec("onnxruntime", agreement=99.9, reads_onnx=True),
+        BackendSpec("qnnpack", agreement=98.0, float_convolutions=False, saturates_without_vnni=False),
+        BackendSpec("onnxruntime", agreement=99.9, reads_onnx=True, float_convolutions=False),
         BackendSpec("openvino", agreement=99.9, reads_onnx=True, adds_in_layer=True),
     )
 }

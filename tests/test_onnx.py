@@ -153,6 +153,23 @@ def kinds_after_optimization(file, tmp_path) -> Counter:
     return Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("activation", [nn.ReLU6, nn.SiLU])
+def test_every_convolution_is_fused_whatever_follows_it(activation, bits, tmp_path):
+    """A float Clip that reaches into the grid, or a float operator on unrounded sums, leaves a convolution in float."""
+    x = 4 * torch.randn(8, 3, 16, 16)
+    layers = nn.Conv2d(3, 8, 3), activation(), nn.Conv2d(8, 8, 3, groups=8), activation(), nn.AdaptiveAvgPool2d(1)
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 5))
+    reference = reference_of(model, x, bits, backend="onnxruntime")
+    fq.export_onnx(reference, tmp_path / "model.onnx")
+    kinds = kinds_after_optimization(tmp_path / "model.onnx", tmp_path)
+    assert kinds["QLinearConv"] == 2
+    assert not kinds["FusedConv"]
+    assert not kinds["Conv"]
+    images = 8 * torch.randn(16, 3, 16, 16)  # beyond every bound
+    assert torch.equal(fq.OnnxModel(tmp_path / "model.onnx", threads=1)(images), reference(images))
+
+
 class Tokens(nn.Module):
     """Linear layers on rows of an image and on vectors; one has 40 inputs, which is no whole number of blocks."""
 

@@ -323,10 +323,7 @@ class QuantizedLayer(_QuantizedKernel):
         super().__init__()
         self.in_grid = float(entry.scale), int(entry.zero_point)
         self._take_exit(exit_)
-        if rescale.ceiling is not None:
-            # The grid is monotone: the code of the ceiling is the largest that anything below it can have.
-            lowest, highest = self.bounds
-            self.bounds = lowest, min(highest, int(exit_(exit_.scale.new_tensor([rescale.ceiling]))))
+        self.bounds = exit_.quant_min, exit_.highest_below(rescale.ceiling)
         sum_scale = rescale.scale.to(torch.float64)
         weight = torch._make_per_channel_quantized_tensor(
             layer.weight, sum_scale / self.in_grid[0], torch.zeros_like(sum_scale, dtype=torch.int64), 0

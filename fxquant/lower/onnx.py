@@ -204,7 +204,10 @@ def _symbolic(reference: fx.GraphModule, weight_only_linear: bool) -> fx.GraphMo
     for node in model.graph.nodes:
         module = modules.get(node.target) if node.op == "call_module" else None
         if isinstance(module, Quantize):
-            forms[node.target] = _Quantize(module)
+            (source,) = node.all_input_nodes
+            rescale = modules.get(source.target)
+            cut = isinstance(rescale, Rescale) and _quantized_next(source, modules)
+            forms[node.target] = _Quantize(module, rescale.ceiling if cut else None)
         elif isinstance(module, Dequantize):
             forms[node.target] = _Dequantize(module.scale, module.zero_point)
         elif isinstance(module, Rescale):
@@ -216,10 +219,18 @@ def _symbolic(reference: fx.GraphModule, weight_only_linear: bool) -> fx.GraphMo
                 forms[layer.target] = _WeightOnlyLinear(modules[layer.target], entry, module)
             else:
                 forms[layer.target] = _Layer(modules[layer.target], entry, module)
-            forms[node.target] = _Activate(module)
+            forms[node.target] = _Activate(module.relu, None if _quantized_next(node, modules) else module.ceiling)
     for name, form in forms.items():
         setattr(model, name, form)  # names of a reference graph's modules have no dots
     return model.eval()
+
+
+def _quantized_next(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether nothing but a Quantize reads a value, so that its codes can be clipped in the place of it.
+
+    Behind a float Clip onnxruntime fuses a layer only where the Clip does not reach into the 8-bit grid.
+    """
+    return len(node.users) == 1 and isinstance(modules.get(next(iter(node.users)).target), Quantize)
 
 
 def _op(name: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, like: Tensor, **attributes: int) -> Tensor:
@@ -228,13 +239,14 @@ def _op(name: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, like: Tensor,
 
 
 class _Quantize(nn.Module):
-    def __init__(self, entry: Quantize):
+    def __init__(self, entry: Quantize, ceiling: float | None):
         super().__init__()
+        lowest, highest = entry.quant_min, entry.highest_below(ceiling)
         self.register_buffer("scale", entry.scale.clone())
         self.register_buffer("zero_point", entry.zero_point.to(torch.uint8))
-        self.register_buffer("lowest", entry.bounds[0].to(torch.uint8))
-        self.register_buffer("highest", entry.bounds[1].to(torch.uint8))
-        self.narrow = (entry.quant_min, entry.quant_max) != (0, 255)
+        self.register_buffer("lowest", torch.tensor(lowest, dtype=torch.uint8))
+        self.register_buffer("highest", torch.tensor(highest, dtype=torch.uint8))
+        self.narrow = (lowest, highest) != (0, 255)
 
     def forward(self, x: Tensor) -> Tensor:
         codes = _op("QuantizeLinear", (x, self.scale, self.zero_point), torch.uint8, x)
@@ -319,9 +331,9 @@ class _WeightOnlyLinear(nn.Module):
 
 
 class _Activate(nn.Module):
-    def __init__(self, rescale: Rescale):
+    def __init__(self, relu: bool, ceiling: float | None):
         super().__init__()
-        self.relu, self.ceiling = rescale.relu, rescale.ceiling
+        self.relu, self.ceiling = relu, ceiling
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.relu:
