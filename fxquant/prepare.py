@@ -86,7 +86,8 @@ def prepare(
     """Trace ``model``, give every layer the quantizers its rule asks for, and set their ranges.
 
     The model itself is not modified. All Parameters exist when this returns. Layers compute on low-bit inputs;
-    residual sums and concatenations are carried at ``residual_bits``.
+    residual sums and concatenations are carried at ``residual_bits``. Where a layer reads the images themselves at 8
+    bits, their range is what calibration set, and is not learned.
 
     Args:
         model: float model that takes image batches [N, C, H, W] and returns one tensor.
@@ -150,6 +151,7 @@ def prepare(
         prepared = prepare_captured(traced.train(), mapping, example_inputs, config)
     _place_edges(prepared, get_backend(backend))
     _share_grids(prepared)
+    _hold_image_ranges(prepared)
     for name, module in prepared.named_modules():
         if isinstance(module, Estimator):
             module.where = name
@@ -328,6 +330,20 @@ def _share_grids(prepared: fx.GraphModule) -> None:
         edge = modules.get(source.target) if source.op == "call_module" else None
         if isinstance(edge, Estimator) and layer.input_fake_quant.bits == edge.bits:
             layer.input_fake_quant, layer.input_is_quantized = edge, True
+
+
+def _hold_image_ranges(prepared: fx.GraphModule) -> None:
+    """Where a layer reads the network's input at 8 bits, calibration alone sets the range.
+
+    What training could change there is how 256 levels lie on images that stay as they are. To learn it, backward would
+    have to compute the gradient of the images, an eighth of a training step of resnet18.
+    """
+    modules = dict(prepared.named_modules())
+    for node in prepared.graph.find_nodes(op="placeholder"):
+        for user in node.users:
+            layer = modules.get(user.target) if user.op == "call_module" else None
+            if isinstance(layer, QATLayer) and layer.input_fake_quant is not None and layer.input_fake_quant.bits == 8:
+                layer.input_fake_quant.hold_range()
 
 
 def _place_edges(prepared: fx.GraphModule, profile: BackendSpec) -> None:

@@ -99,6 +99,7 @@ class Estimator(FakeQuantizeBase):
         self.may_refit = False  # whether an eval forward sees training data (freeze sets it)
         self._observer: ranges.RangeObserver | None = None
         self._calibrating = False
+        self._holds_range = False
 
         device = (factory_kwargs or {}).get("device")
         flag = torch.zeros(1, dtype=torch.uint8, device=device)
@@ -227,6 +228,11 @@ class Estimator(FakeQuantizeBase):
         self.width.fill_(grid.check_bits(bits))
         self.refit.fill_(1)
         self._read_flags()
+
+    def hold_range(self) -> None:
+        """Let calibration alone set the range: nothing of this quantizer is learned."""
+        self._holds_range = True
+        self.requires_grad_(False)
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Lower and upper end of what the grid represents, each [channels]."""
@@ -396,7 +402,8 @@ class Estimator(FakeQuantizeBase):
         self._fake_quantize = bool(self.fake_quant_enabled)
         self._observe = bool(self.observer_enabled)
         if self.zero_fraction is not None and self.learns_zero_point:
-            self.zero_fraction.requires_grad_(not self._one_sided)  # the zero-point is 0: there is nothing to learn
+            learned = not (self._one_sided or self._holds_range)  # the zero-point of a one-sided range is 0
+            self.zero_fraction.requires_grad_(learned)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -81,6 +81,13 @@ class GDNSQ(LearnedStep):
             self.width_fixed.zero_()
         self._read_flags()
 
+    def hold_range(self) -> None:
+        """As of any estimator; there is no squeeze then, but a whole grid from the start."""
+        super().hold_range()
+        self.initial_bits = None
+        self.width_fixed.fill_(1)
+        self._read_flags()
+
     @property
     def target(self) -> int:
         """The width that the penalty pushes towards: from above, never below."""
