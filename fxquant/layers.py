@@ -23,7 +23,7 @@ from ._torch_ao import nni, qconfig_equals
 from .computed import adopt_formula, effective_weight
 from .errors import NotFrozenError, SpecError
 from .estimators import Estimator
-from .integer import IntegerConv2d, IntegerLinear, Quantize, Rescale, activate
+from .integer import IntegerConv2d, IntegerLinear, Quantize, Rescale
 
 # An int32 bias beyond this many steps would push sums out of float32's integers; only channels whose folded
 # scale has all but vanished (gamma near 0) get there, and those are given a coarser scale instead.
@@ -123,14 +123,17 @@ class QATLayer(nn.Module):
             return form.rescale(form.layer(form.quantize(x)))
         if self.input_fake_quant is not None and not self.input_is_quantized:
             x = self.input_fake_quant(x)
-        out = self._compute(x, self.weight_fake_quant(effective_weight(self)))
-        if self.bn is not None:
-            out = self.bn(out)
+        weight, bias = self.weight_fake_quant(effective_weight(self)), self.bias
+        if self.bn is None:
+            if self._rounds_its_bias():
+                bias = bias + self.bias_rounding().to(bias.dtype)
+            return _activate_(self._compute(x, weight, bias), self.relu, self.ceiling)
+        out = self.bn(self._compute(x, weight, bias))
         if self._rounds_its_bias():
-            out = out + grid.channel_view(self.bias_rounding(), out.ndim, self._channel_axis)
-        return activate(out, self.relu, self.ceiling)
+            out.add_(grid.channel_view(self.bias_rounding(), out.ndim, self._channel_axis))
+        return _activate_(out, self.relu, self.ceiling)
 
-    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     @property
@@ -293,8 +296,8 @@ class QATConv2d(QATLayer, nn.Conv2d):
         layer._adopt(module)
         return layer
 
-    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, self.bias)
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
 
     def _integer_layer(self, *operands) -> IntegerConv2d:
         geometry = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups")}
@@ -317,14 +320,21 @@ class QATLinear(QATLayer, nn.Linear):
         layer._adopt(module)
         return layer
 
-    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
     def _integer_layer(self, *operands) -> IntegerLinear:
         return IntegerLinear(*operands)
 
     def _float_layer(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, bias=True, device="meta")
+
+
+def _activate_(x: Tensor, relu: bool, ceiling: float | None) -> Tensor:
+    """:func:`fxquant.integer.activate` in place: no layer or norm needs its own output for backward."""
+    if not relu:
+        return x
+    return F.relu_(x) if ceiling is None else F.hardtanh_(x, 0.0, ceiling)
 
 
 def check_padding(layer: nn.Module, what: str) -> None:

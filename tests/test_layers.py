@@ -114,7 +114,7 @@ def test_a_frozen_layer_is_the_one_that_trained(model, bits, per_channel):
             # freeze re-estimated BatchNorm, so that the unfolded form has to be computed anew
             with torch.no_grad():
                 operands = layer.input_fake_quant(tensor), layer.weight_fake_quant(layer.weight)
-                plain = layer.bn.eval()(layer._compute(*operands))
+                plain = layer.bn.eval()(layer._compute(*operands, layer.bias))
                 rounding = layer.bias_rounding().reshape(-1, *[1] * (tensor.ndim - 2))
                 layer_before = F.relu(plain + rounding) if layer.relu else plain + rounding
         _, _, _, sum_scale = layer.integer_parameters()
