@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_PIECE = 1 << 16  # elements
+
 HALF = 0.5
 """What rounds to a code is inside of a range: half a step beyond the ends is, too (LSQ, arXiv 1902.08153)."""
 
@@ -35,9 +37,9 @@ def clamp_levels_(levels: Tensor, zero_point: Tensor | None, low: float, high: f
     return levels.clamp_(low - zero_point, high - zero_point)
 
 
-def to_levels(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: float, high: float) -> Tensor:
-    """The levels of ``x`` in a new tensor: :func:`fxquant.grid.quantize` less the zero-point, bit for bit."""
-    return clamp_levels_(torch.mul(x, 1.0 / scale).round_(), zero_point, low, high)
+def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: float, high: float) -> Tensor:
+    """What ``x`` is on the grid, in a new tensor: bit for bit what :mod:`fxquant.grid` quantizes and dequantizes."""
+    return clamp_levels_(torch.mul(x, 1.0 / scale).round_(), zero_point, low, high).mul_(scale)
 
 
 def where_inside(
@@ -57,21 +59,30 @@ def between(values: Tensor, x: Tensor, low: float, high: float) -> Tensor:
 
 
 def step_gradient(grad: Tensor, grad_inside: Tensor, x: Tensor, out: Tensor, scale: Tensor) -> Tensor:
-    """``sum(g·t)`` for each scale, t being ``(out - x)/s`` inside and the level ``out/s`` outside.
-
-    Both differences are taken element by element, so that no large sums cancel.
-    """
+    """``sum(g·t)`` for each scale, t being ``(out - x)/s`` inside and the level ``out/s`` outside."""
+    if is_at_hand(scale):
+        return ((dot(grad, out) - dot(grad_inside, x)) / scale).to(scale.dtype)
     return (grad * out).addcmul_(grad_inside, x, value=-1).sum_to_size(scale.shape) / scale
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """``sum(a·b)``, a float64 scalar, on a CPU: pieces in float32, without a product in memory, their sum in float64.
+
+    So may be subtracted what nearly cancels: a piece is short enough for an error of a few parts in a million.
+    """
+    pieces = zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True)
+    return torch.stack([torch.dot(*piece) for piece in pieces]).sum(dtype=torch.float64)
 
 
 def zero_point_gradient(grad: Tensor, grad_inside: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """``-s·sum(g)`` over what is outside, for each zero-point; inside, it cancels."""
-    return (grad_inside - grad).mul_(scale).sum_to_size(zero_point.shape)
+    shape = zero_point.shape
+    return (grad_inside.sum_to_size(shape) - grad.sum_to_size(shape)) * scale
 
 
-def scale_elementwise_(grad: Tensor, x: Tensor, out: Tensor, cell: Tensor, delta: float) -> Tensor:
+def scale_elementwise_(grad: Tensor, x: Tensor, out: Tensor, cell: Tensor, delta: float) -> None:
     """``g·(1 + δ·sign(g)·(x - out)/cell)``, in place: EWGS (CVPR 2021, arXiv 2104.00903, equation 6)."""
-    return grad.addcmul_(grad.abs(), (x - out).mul_(1.0 / cell), value=delta)
+    grad.addcmul_(grad.abs(), (x - out).mul_(1.0 / cell), value=delta)
 
 
 class StraightThroughFunction(torch.autograd.Function):
@@ -89,7 +100,7 @@ class StraightThroughFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, quant_min, quant_max, delta=0.0, gradient_scale=1.0):
-        out = to_levels(x, scale, zero_point, quant_min, quant_max).mul_(scale)
+        out = to_grid(x, scale, zero_point, quant_min, quant_max)
         ctx.save_for_backward(x, out, scale, zero_point)
         ctx.options = quant_min, quant_max, delta, gradient_scale
         return out

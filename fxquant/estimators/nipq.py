@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .. import grid
 from ..errors import SpecError
 from .base import Bits, Estimator
-from .functions import EDGE, clamp_levels_, to_levels, where_inside
+from .functions import EDGE, clamp_levels_, dot, is_at_hand, to_grid, where_inside, zero_point_gradient
 
 SAMPLERS = ("roll", "bootstrap", "histogram")
 
@@ -156,7 +156,7 @@ class NoiseProxyFunction(torch.autograd.Function):
     def forward(ctx, x, scale, alpha, zero_point, quant_min, quant_max, binary, sampler):
         low, high = (-2, 2) if binary else (quant_min, quant_max)
         if sampler is None:
-            levels = _signs(x) if binary else to_levels(x, scale, zero_point, quant_min, quant_max)
+            out = _signs(x).mul_(scale) if binary else to_grid(x, scale, zero_point, quant_min, quant_max)
         else:
             levels = x * (1.0 / scale)
             if binary:
@@ -169,7 +169,7 @@ class NoiseProxyFunction(torch.autograd.Function):
                 noise = _draw(levels.round().sub_(levels), sampler, x.shape)
                 levels = clamp_levels_(levels, zero_point, quant_min, quant_max)
             levels.add_(where_inside(noise, x, scale, zero_point, low - EDGE, high + EDGE))
-        out = levels.mul_(scale)
+            out = levels.mul_(scale)
         ctx.save_for_backward(x, out, scale, zero_point)
         ctx.ends = low - EDGE, high + EDGE
         ctx.alpha_shape, ctx.steps = alpha.shape, quant_max if quant_min < 0 else quant_max - quant_min
@@ -181,12 +181,23 @@ class NoiseProxyFunction(torch.autograd.Function):
         grad_x = where_inside(grad, x, scale, zero_point, *ctx.ends)
         grad_scale = grad_alpha = grad_zero = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_scale = (out - x).mul_(grad_x).sum_to_size(scale.shape) / scale
-            outside = grad - grad_x
-            if ctx.needs_input_grad[3]:
-                grad_zero = -(outside.sum_to_size(zero_point.shape) * scale)
-            grad_alpha = (outside.mul_(out).sum_to_size(scale.shape) / (scale * ctx.steps)).sum_to_size(ctx.alpha_shape)
+            inside, outside = _shares(grad, grad_x, x, out, scale)
+            grad_scale = inside / scale
+            grad_alpha = (outside / (scale * ctx.steps)).sum_to_size(ctx.alpha_shape)
+        if ctx.needs_input_grad[3]:
+            grad_zero = zero_point_gradient(grad, grad_x, scale, zero_point)
         return grad_x, grad_scale, grad_alpha, grad_zero, None, None, None, None
+
+
+def _shares(grad: Tensor, grad_inside: Tensor, x: Tensor, out: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum(g·(out - x))`` over what is inside and ``sum(g·out)`` over what is outside, for each scale."""
+    difference = out - x
+    if is_at_hand(scale):
+        inside = dot(difference, grad_inside)
+        outside = dot(torch.sub(grad, grad_inside, out=difference), out)
+        return inside.to(scale.dtype), outside.to(scale.dtype)
+    inside = difference.mul_(grad_inside).sum_to_size(scale.shape)
+    return inside, torch.sub(grad, grad_inside, out=difference).mul_(out).sum_to_size(scale.shape)
 
 
 def _signs(x: Tensor) -> Tensor:

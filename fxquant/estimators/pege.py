@@ -31,7 +31,7 @@ from .functions import (
     clamp_levels_,
     scale_elementwise_,
     step_gradient,
-    to_levels,
+    to_grid,
     where_inside,
     zero_point_gradient,
 )
@@ -129,6 +129,7 @@ class ProgressiveFunction(torch.autograd.Function):
             out = levels.mul_(scale)
         ctx.save_for_backward(x, out, scale, zero_point)
         ctx.set_materialize_grads(False)
+        ctx.all_replaced = replaced >= 1
         ctx.options = quant_min, quant_max, delta, gradient_scale
         return out, error
 
@@ -146,8 +147,8 @@ class ProgressiveFunction(torch.autograd.Function):
             if delta:
                 scale_elementwise_(grad_x, x, out, scale, delta)
         if grad_error is not None:
-            nearest = to_levels(x, scale, zero_point, quant_min, quant_max).mul_(scale)
-            distance = nearest.sub_(x).mul_(grad_error * (-2.0 / x.numel()) / scale.square())
+            nearest = out if ctx.all_replaced else to_grid(x, scale, zero_point, quant_min, quant_max)
+            distance = (nearest - x).mul_(grad_error * (-2.0 / x.numel()) / scale.square())
             grad_x = distance if grad_x is None else grad_x.add_(distance)
         return grad_x, grad_scale, grad_zero, *[None] * 6
 
