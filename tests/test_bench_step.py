@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from fxquant.bench import step
 from fxquant.bench.processes import WorkerError
-from fxquant.bench.step import contenders, meter, rounds, worker
+from fxquant.bench.step import meter, rounds, steps, worker
 from fxquant.bench.worker import answer_all
 from fxquant.cli import app
 from fxquant.errors import FxQuantError, SpecError, UnknownNameError
@@ -147,7 +147,7 @@ def test_the_command_prints_a_table_and_leaves_a_file(fakes, tmp_path):
 @pytest.mark.parametrize("name", step.contenders(["lsq", "pege", "gdnsq", "nipq", "ste"]))
 def test_every_contender_takes_steps_that_train(name):
     """The loss is finite, weights move, and the objective is the one of the estimator in the midst of its schedule."""
-    taken = contenders.build(name, JOB)
+    taken = steps.build(name, JOB)
     before = float(taken())
     for _ in range(40):
         after = float(taken())
@@ -157,12 +157,12 @@ def test_every_contender_takes_steps_that_train(name):
 
 
 def test_all_start_from_the_same_model_and_batch():
-    assert float(contenders.build("float", JOB)()) == float(contenders.build("float", JOB)())
+    assert float(steps.build("float", JOB)()) == float(steps.build("float", JOB)())
 
 
 def test_autocast_computes_in_less_precision():
     half = dataclasses.replace(JOB, autocast="bf16")
-    plain, cast = (float(contenders.build("float", job)()) for job in (JOB, half))
+    plain, cast = (float(steps.build("float", job)()) for job in (JOB, half))
     assert plain != cast
     assert plain == pytest.approx(cast, rel=0.1)
 

@@ -26,7 +26,7 @@ def stages(row: Row, model: nn.Module, images: Tensor) -> Iterator[None]:
     before = model.eval()(images)
     model.train()
     begun = time.perf_counter()
-    prepared = ao.prepare_qat_fx(copy.deepcopy(model), default_mapping(row.bits), (images,))
+    prepared = ao.prepare_qat_fx(copy.deepcopy(model), _mapping(row.bits), (images,))
     row.prepare_seconds, row.prepare_peak_mb = round(time.perf_counter() - begun, 1), probe.peak_mb()
     quantized = [m for m in prepared.modules() if hasattr(m, "weight_fake_quant")]
     row.layers = len(quantized)
@@ -67,7 +67,7 @@ def stages(row: Row, model: nn.Module, images: Tensor) -> Iterator[None]:
     yield
 
 
-def default_mapping(bits: int) -> ao.QConfigMapping:
+def _mapping(bits: int):
     """torch.ao's default for x86; below 8 bits with narrowed observers."""
     mapping = ao.get_default_qat_qconfig_mapping("x86")
     if bits < 8:

@@ -1,7 +1,7 @@
 """``fxquant bench step``: what a training step costs, in time and memory, beside the float model's and torch.ao's.
 
 * ``job`` - one model, one batch, and what is measured on it.
-* ``contenders`` - a contender as a step to call.
+* ``steps`` - a contender as a step to call.
 * ``meter`` - clocks and peak memory, of a CPU or a CUDA device.
 * ``worker``, ``__main__`` - the process of one contender, so that peak memory is its own.
 * ``rounds`` - bursts in shuffled, interleaved order; ``result`` - medians, ratios, JSON and table.

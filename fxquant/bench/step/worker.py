@@ -10,9 +10,9 @@ import torch
 
 from ...errors import NonFiniteError
 from ..worker import answer_all, claim_output
-from .contenders import build
 from .job import StepJob
 from .meter import meter
+from .steps import build
 
 _WARM_STEPS = 3
 
