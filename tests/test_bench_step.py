@@ -144,6 +144,7 @@ def test_the_command_prints_a_table_and_leaves_a_file(fakes, tmp_path):
 # ---- real steps ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max")  # of torch.ao's own observers
 @pytest.mark.parametrize("name", step.contenders(["lsq", "pege", "gdnsq", "nipq", "ste"]))
 def test_every_contender_takes_steps_that_train(name):
     """The loss is finite, weights move, and the objective is the one of the estimator in the midst of its schedule."""
