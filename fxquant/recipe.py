@@ -90,10 +90,8 @@ class _Training(_Section):
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which lr rises from 0")
-    autocast: Literal["bfloat16"] | None = Field(
-        None, description="type that convolutions and linear layers compute in"
-    )
-    average: float | None = Field(None, gt=0, lt=1, description="decay of the weights' average, which then ships")
+    autocast: Literal["float32", "bfloat16"] = Field("float32", description="of layers; quantizers stay in float32")
+    average: float = Field(0.0, ge=0, lt=1, description="decay of the weights' average, which ships; 0 keeps none")
     select: Literal["last", "best"] = Field("last", description="epoch that ships; the best one on data.validation")
 
 

@@ -98,6 +98,18 @@ def test_weights_are_named_once(tmp_path):
         load_recipe(write(tmp_path, MINIMAL), overrides)
 
 
+@pytest.mark.parametrize("path", sorted((RECIPES / "ablation").glob("*.toml")), ids=lambda p: p.stem)
+def test_an_ablation_differs_in_one_piece(path):
+    recipe = load_recipe(path)
+    base = load_recipe(RECIPES / f"resnet20_cifar10_{'_'.join(path.stem.split('_')[:2])}.toml")
+    ours, theirs = recipe.model_dump(), base.model_dump()
+    sections = [key for key in ours if key != "name" and ours[key] != theirs[key]]
+    assert sections in (["train"], ["rules"])
+    changed = [key for key in ours["train"] if ours["train"][key] != theirs["train"][key]]
+    together = (["start_bits", "squeeze"], ["schedule", "finetune"], [])
+    assert len(changed) == 1 or changed in together
+
+
 def test_rules_of_w4a4():
     first_and_last, rest = load_recipe(RECIPES / "digits_w4a4_pege.toml").built_rules()
     assert (first_and_last.pattern, first_and_last.weight_bits, first_and_last.activation_bits) == ("first|last", 8, 8)
@@ -207,7 +219,7 @@ def write(folder, text):
         ("train.select=best", "train.select = 'best' chooses by images kept from training; set data.validation"),
         ("train.start_bits=9", "start_bits=9 was asked for"),
         ("train={epochs=1, start_bits=4, squeeze=0.9}", "widths come down before they are fine-tuned"),
-        ("train.autocast=float16", "Input should be 'bfloat16'"),
+        ("train.autocast=float16", "Input should be 'float32' or 'bfloat16'"),
     ],
 )
 def test_training_that_makes_no_sense(tmp_path, override, message):

@@ -80,7 +80,7 @@ class Stage:
     loader: Loader
     objective: Objective
     keeper: Keeper
-    autocast: torch.dtype | None = None
+    autocast: torch.dtype = torch.float32
     after_step: Callable[[], None] = lambda: None
     kept: dict[str, Stateful] = field(default_factory=dict)
     history: History = field(default_factory=History)
@@ -139,7 +139,7 @@ class Loop:
     def _step(self, stage, epoch, model, optimizer, images, labels) -> dict[str, Tensor]:
         device = self.accelerator.device
         images, labels = images.to(device), labels.to(device)
-        with torch.autocast(device.type, stage.autocast, enabled=stage.autocast is not None):
+        with torch.autocast(device.type, stage.autocast, enabled=stage.autocast != torch.float32):
             loss, shown = stage.objective(model, images, labels)
         if not torch.isfinite(loss):
             raise NonFiniteError(diverged(stage.model, stage.name, epoch, images))

@@ -175,7 +175,7 @@ class _Run:
             loader,
             objective,
             keeper,
-            _dtype(section.autocast),
+            getattr(torch, section.autocast),
             keeper.after_step,
             history=self.float_history,
         )
@@ -233,7 +233,7 @@ class _Run:
             loader,
             objective,
             keeper,
-            _dtype(section.autocast),
+            getattr(torch, section.autocast),
             after_step,
             {"float_model": self.float_model, "criterion": criterion, "controller": controller},
         )
@@ -243,7 +243,7 @@ class _Run:
     def _keeper(
         self, section: FloatSection | TrainSection, model: nn.Module, final: Callable[[], bool] = lambda: True
     ) -> Keeper:
-        average = None if section.average is None else WeightAverage(model, section.average)
+        average = WeightAverage(model, section.average) if section.average else None
         return Keeper(model, average, self.data.validation() if section.select == "best" else None, final)
 
     def _loop(self) -> Loop:
@@ -299,7 +299,3 @@ class _Run:
             "seconds": time.perf_counter() - self.started,
             "torch": torch.__version__,
         }
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    return None if name is None else getattr(torch, name)
