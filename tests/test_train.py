@@ -314,7 +314,7 @@ def test_resnet20_resumes_exactly_and_is_read_back_without_its_checkpoint(tmp_pa
     torch.save(fxquant.timm.create_model("resnet20", num_classes=3).state_dict(), weights)
     overrides = ["model.options.num_classes=3", f"model.checkpoint='{weights}'", f"data.dir='{tmp_path / 'images'}'"]
     overrides += ["data.batch_size=4", "data.plain_batches=2", "data.validation=3", "train.epochs=2"]
-    overrides += ["quantization.lower=[]"]
+    overrides += ["quantization.lower=[]", "train.select=best", "train.average=0.9"]
     path = RECIPES / "resnet20_cifar10_w4a4_pege.toml"
     whole = run(load_recipe(path, overrides), tmp_path / "whole")
     assert whole.report.reference_equals_fake_quant
