@@ -51,7 +51,7 @@ def oscillation(model: nn.Module) -> Tensor:
         if quantizer.settled and not quantizer._frozen:
             weight = effective_weight(layer)
             terms.append(quantizer.distance_from_grid(weight).square().sum())
-    return torch.stack(terms).sum() if terms else torch.zeros(())
+    return torch.stack(terms).sum() if terms else torch.zeros((), device=next(model.parameters()).device)
 
 
 class LossParts(NamedTuple):

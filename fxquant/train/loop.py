@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -126,7 +127,6 @@ class Loop:
                 shown = self._step(stage, epoch, wrapped, prepared, images, labels)
                 scheduler.step()
                 stage.after_step()
-                shown = {name: float(value.detach()) for name, value in shown.items()}
                 self.progress.step(shown)
             shown |= stage.keeper.after_epoch(epoch + 1)
             stage.history.epochs.append({"epoch": epoch + 1, **shown})
@@ -136,12 +136,13 @@ class Loop:
             checkpoint.save_checkpoint(self.output, self.recipe, saved)
         stage.keeper.restore()
 
-    def _step(self, stage, epoch, model, optimizer, images, labels) -> dict[str, Tensor]:
+    def _step(self, stage, epoch, model, optimizer, images, labels) -> dict[str, float]:
         device = self.accelerator.device
         images, labels = images.to(device), labels.to(device)
         with torch.autocast(device.type, stage.autocast, enabled=stage.autocast != torch.float32):
             loss, shown = stage.objective(model, images, labels)
-        if not torch.isfinite(loss):
+        shown = _numbers(shown)
+        if not all(map(math.isfinite, shown.values())):
             raise NonFiniteError(diverged(stage.model, stage.name, epoch, images))
         optimizer.zero_grad()
         self.accelerator.backward(loss)
@@ -162,6 +163,12 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def _numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars as numbers, with one wait for the device; parts of the objective that are 0, being off, are left out."""
+    values = torch.stack([value.detach().float() for value in scalars.values()]).tolist()
+    return {name: value for name, value in zip(scalars, values, strict=True) if name == "total" or value != 0}
 
 
 def _random_state() -> dict[str, Any]:

@@ -212,7 +212,7 @@ class _Run:
         def objective(model, images, labels):
             criterion.dampening_weight = dampening(controller.steps_done)
             parts = criterion(model, images, labels)
-            shown = {k: v for k, v in parts._asdict().items() if k == "total" or bool(v != 0)}
+            shown = parts._asdict()
             with torch.no_grad():
                 shown["W bits"] = cost.mean_weight_bits(layers, costs)
                 shown["A bits"] = cost.mean_activation_bits(layers, costs)
