@@ -167,7 +167,8 @@ def lower(
         f"--two-bit {two_bit}": two_bit != "bytes",
     }
     given = " ".join(option for option, is_given in options.items() if is_given)
-    if given and not get_backend(backend).reads_onnx:
+    reads_onnx = get_backend(backend).reads_onnx
+    if given and not reads_onnx:
         raise FxQuantError(f"{given} was given, but backend {backend!r} reads no file; leave it out")
     loaded = load_run(source)
     file = onnx or (source if source.is_dir() else source.parent) / checkpoint.ONNX_MODEL

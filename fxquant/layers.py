@@ -112,6 +112,9 @@ class QATLayer(nn.Module):
         edge = qconfig.activation()
         make_input = getattr(edge, "layer_input", None)
         self.input_fake_quant = make_input().to(self.weight.device) if make_input is not None else None
+        for quantizer in (self.weight_fake_quant, self.input_fake_quant):
+            if isinstance(quantizer, Estimator):
+                quantizer.output_is_kept = True  # this layer alone reads it
         self.weight_fake_quant.initialize_from(effective_weight(self))
         self._integer: IntegerForm | None = None
 

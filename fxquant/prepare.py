@@ -21,7 +21,7 @@ from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecErr
 from .estimators import Bits, Estimator
 from .grid import check_bits
 from .layers import QATConv2d, QATLayer
-from .qconfig import EDGE_OPERATORS, QUANTIZABLE, edge_qconfig, get_backend_config, get_qat_qconfig
+from .qconfig import EDGE_OPERATORS, MOVES_VALUES, QUANTIZABLE, edge_qconfig, get_backend_config, get_qat_qconfig
 from .spec import RESIDUAL_BITS, BackendSpec, Rule, get_backend, resolve_rules
 from .trace import DIFFERENCE, OPAQUE, trace
 
@@ -154,7 +154,7 @@ def prepare(
     _hold_image_ranges(prepared)
     for name, module in prepared.named_modules():
         if isinstance(module, Estimator):
-            module.where = name
+            module.where, module.output_is_kept = name, True  # what is captured writes over nothing
     info = PreparedInfo(backend, resolved, opaque, traced.meta[DIFFERENCE], calibration=calibration)
     info.residual_bits, info.input_shape = residual_bits, tuple(example_inputs[0].shape[1:])
     prepared.meta["fxquant"] = info
@@ -417,24 +417,28 @@ def _unrounded_addends(prepared: fx.GraphModule, kept: set[fx.Node], modules: di
 
 
 def _is_float_convolution(edge: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether an edge follows a convolution whose result an operator reads that is no layer, nor the model's output.
+    """Whether an edge follows a convolution whose result an operator computes with that is no layer.
 
-    A maximum of codes is the code of the maximum: runtimes round before a max pooling what is to be rounded after it.
+    What only moves values does not count: runtimes round before it what is to be rounded after it.
     """
-    producer = edge.args[0]
-    if producer.op != "call_module" or not isinstance(modules.get(producer.target), QATConv2d):
+
+    def module_of(node: fx.Node) -> nn.Module | None:
+        return modules.get(node.target) if node.op == "call_module" else None
+
+    if not isinstance(module_of(edge.args[0]), QATConv2d):
         return False
 
-    def read_as_codes(edge: fx.Node) -> bool:
-        readers = ((user, modules.get(user.target) if user.op == "call_module" else None) for user in edge.users)
-        return all(
-            user.op == "output"
-            or isinstance(module, QATLayer)
-            or (isinstance(module, nn.MaxPool2d) and all(read_as_codes(onward) for onward in user.users))
-            for user, module in readers
-        )
+    def only_moved(node: fx.Node) -> bool:
+        for user in node.users:
+            module = module_of(user)
+            moves = (
+                isinstance(module, Estimator) or (type(module) if module is not None else user.target) in MOVES_VALUES
+            )
+            if not (user.op == "output" or isinstance(module, QATLayer) or (moves and only_moved(user))):
+                return False
+        return True
 
-    return not read_as_codes(edge)
+    return not only_moved(edge)
 
 
 def _is_arithmetic(node: fx.Node) -> bool:

@@ -193,6 +193,16 @@ _SHARED = frozenset(
 )  # fmt: skip
 
 
+MOVES_VALUES = frozenset(
+    {
+        nn.MaxPool2d, F.max_pool2d, torch.max_pool2d, nn.Identity, nn.Dropout, F.dropout, nn.Flatten, torch.flatten,
+        "flatten", "reshape", torch.reshape, "view", "permute", torch.permute, "transpose", torch.transpose,
+        "contiguous", "squeeze", torch.squeeze, "unsqueeze", torch.unsqueeze,
+    }
+)  # fmt: skip
+"""Operators whose results are values of their one operand, so that they commute with rounding."""
+
+
 def _is_edge_pattern(pattern) -> bool:
     if isinstance(pattern, tuple):
         return len(pattern) == 2 and pattern[0] in (*_RELU, torch.relu) and pattern[1] in EDGE_OPERATORS

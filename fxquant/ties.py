@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from .cost import qat_layers
 from .estimators import Estimator
 from .layers import QATLayer
+from .qconfig import MOVES_VALUES
 
 _STEP, _GROWTH, _CANDIDATES = 2.0**-21, 1.055, 256  # from 5e-7, a few units of float32's last place, to 4e-4
 _CHUNK = 8  # candidates that are looked at together
@@ -33,11 +34,7 @@ _LARGEST = 2**20  # elements of one look
 _DISAGREE = 1000  # what a tie at which orders disagree weighs, against one that is only near
 _MARGIN = 2.0**-22  # of the value: what four roundings of float32 can add up to
 
-_KEEPS_VALUES = {
-    nn.MaxPool2d, nn.Identity, nn.Dropout, nn.Flatten, nn.ReLU, F.relu, torch.relu, "relu", F.max_pool2d,
-    torch.flatten, "flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze", "unsqueeze",
-    torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, operator.getitem, torch.cat, F.pad,
-}  # fmt: skip
+_KEEPS_VALUES = MOVES_VALUES | {nn.ReLU, F.relu, torch.relu, "relu", operator.getitem, torch.cat, F.pad}
 """Operators whose results are among their inputs' values, or 0."""
 
 _MEANS = {nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, torch.mean, "mean"}

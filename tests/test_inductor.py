@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import fxquant as fq
 from fxquant.errors import SpecError
@@ -41,11 +42,15 @@ def test_the_compiled_program_agrees_on_batches_of_any_size(narrow):
     model = fq.lower(reference, "inductor", calibration=[x[:1]])
     assert {entry.kernel.split(" + ")[0] for entry in operators(model) if entry.layer} == {
         "onednn.qconv_pointwise",
-        "onednn.qlinear_pointwise (sums)",
+        "onednn.qlinear_pointwise",
     }
     test = [torch.randn(n, 3, 16, 16) for n in (64, 5, 1)]
     parity = fq.verify(None, reference, test, lowered={"inductor": model}).lowered["inductor"]
     assert parity.argmax_agreement == 100
+    for given in (test[0].double(), test[0].to(memory_format=torch.channels_last)):
+        torch.testing.assert_close(model(given), reference(test[0]), rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(test[0]).dtype == torch.float32
     wide = 4 * torch.randn(32, 3, 16, 16)  # beyond the bounds of every grid
     torch.testing.assert_close(model(wide), reference(wide), rtol=1e-5, atol=1e-5)
     with pytest.raises(SpecError, match=r"\[N, 3, 16, 16\]"):
@@ -66,6 +71,29 @@ def test_every_layer_becomes_a_pattern_clamped_to_its_width(bits):
     for batch in (x, 4 * x):
         # In float, a sum may land on the other side of a tie, which moves one code; nothing else may differ.
         torch.testing.assert_close(graph(batch), reference(batch), rtol=0.05, atol=0.05 * float(reference(x).std()))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU])
+def test_bounds_do_not_hang_on_the_quantizers_own(activation, bits):
+    """Inductor's kernels drop quant_min and quant_max; with all of them at 0 and 255, codes still keep inside."""
+    x = torch.randn(8, 3, 8, 8)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), activation(), nn.Conv2d(6, 6, 3), activation(), nn.Flatten(), nn.Linear(96, 4)
+    )
+    reference = reference_of(model, x, bits)
+    graph, _ = inductor.decompose(reference, rescales(reference))
+    images = graph.graph.find_nodes(op="placeholder")[0]
+    narrow = 0
+    for node in graph.graph.nodes:
+        if "quantize_per_tensor" in str(node.target) and "dequantize" not in str(node.target):
+            narrow += node.args[4] < 255
+            if node.args[0] is not images:
+                node.update_arg(4, 255)
+    graph.recompile()
+    assert narrow == 3
+    wide = 4 * torch.randn(32, 3, 8, 8)
+    torch.testing.assert_close(graph(wide), reference(wide), rtol=0.05, atol=0.05 * float(reference(x).std()))
 
 
 def test_a_layer_that_onednn_computes_wrongly_stays_on_the_references_integers(narrow, monkeypatch):

@@ -238,6 +238,34 @@ def test_a_layer_does_not_write_over_its_own_input():
     assert largest_gap(reference, lowered, "x86", torch.randn(16, 3, 24, 24)) <= 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_images_of_any_floating_type_are_taken(residual, dtype):
+    images = torch.randn(16, 3, 16, 16).to(dtype)
+    lowered = fq.lower(residual, "x86")
+    assert (lowered(images).argmax(1) == residual(images.float()).argmax(1)).all()
+
+
+class Transposed(nn.Module):
+    """A residual addition of linear layers whose other operand is not contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x):
+        x = self.tokens(x.flatten(2)).transpose(1, 2).reshape(x.shape[0], 12, 12).transpose(1, 2)
+        return (x + self.b(torch.relu(self.a(x)))).mean(1)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_an_addend_that_is_not_contiguous_is_added_rightly(count):
+    x = torch.randn(16, 12, 3, 4)
+    reference = reference_of(Transposed(), x, 8)
+    lowered = fq.lower(reference, "x86", calibration=[x[:count]])
+    assert any("sum" in layer.kernel for layer in lowered.meta["fxquant_lowered"])
+    assert largest_gap(reference, lowered, "x86", torch.randn(64, 12, 3, 4)) <= 1
+
+
 class Bottleneck(nn.Module):
     """1x1 convolutions on signed inputs, whose grid has a zero-point; one of them adds a residual."""
 

@@ -170,6 +170,53 @@ def test_every_convolution_is_fused_whatever_follows_it(activation, bits, tmp_pa
     assert torch.equal(fq.OnnxModel(tmp_path / "model.onnx", threads=1)(images), reference(images))
 
 
+class CalledTwice(nn.Module):
+    """One layer and one activation, called twice: before the second call lie values without a ceiling."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.again, self.activation = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU6()
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        for _ in range(2):
+            x = self.activation(self.again(x))
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_a_ceiling_holds_for_its_call_alone(backend, tmp_path):
+    x = 6 * torch.randn(8, 3, 12, 12)
+    model = settle(CalledTwice(), x)
+    model.stem.weight.data.mul_(4)  # well above 6
+    reference = reference_of(model, x, 4, backend=backend)
+    runs = exported(reference, tmp_path)
+    images = 6 * torch.randn(32, 3, 12, 12)
+    torch.testing.assert_close(runs(images), reference(images), rtol=1e-4, atol=1e-4)
+
+
+class SharedCodes(nn.Module):
+    """A Linear that reads the codes of a residual sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        x = self.first(x.flatten(1))
+        return x + self.b(torch.relu(self.a(x)))
+
+
+def test_weight_only_linear_layers_may_share_codes_with_others(tmp_path):
+    x = torch.randn(16, 2, 4, 4)
+    prepared = fq.prepare(SharedCodes(), [fq.Rule("*", 4, 8)], calibration=[x], backend="onnxruntime")
+    fq.freeze(prepared)
+    reference = fq.convert(prepared)
+    fq.export_onnx(reference, tmp_path / "model.onnx", weight_only_linear=True)
+    got = fq.OnnxModel(tmp_path / "model.onnx", threads=1)(x)
+    torch.testing.assert_close(got, reference(x), rtol=0, atol=0.05 * float(reference(x).std()))
+
+
 class Tokens(nn.Module):
     """Linear layers on rows of an image and on vectors; one has 40 inputs, which is no whole number of blocks."""
 

@@ -204,7 +204,10 @@ def test_a_truncated_file_is_found(saved, share):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m, d, t: m.update(version="2"), r"has version '2' of the format; this fxquant reads version '1'"),
+        (
+            lambda m, d, t: m.update(version="1"),
+            r"has version '1' of the format; this fxquant reads version '2'. Convert",
+        ),
         (lambda m, d, t: m.pop("version"), r"has version None"),
         (lambda m, d, t: m.update(format="pickle"), r"is no packed file \(format 'pickle'"),
         (lambda m, d, t: d.pop("rules"), r"makes no sense \(KeyError\('rules'\)\)"),

@@ -96,6 +96,7 @@ class Estimator(FakeQuantizeBase):
         self.axis = axis if channels > 1 else None
         self.layer_input = layer_input
         self.where = "a quantizer"  # the tensor's name in messages; prepare() sets it
+        self.output_is_kept = False  # whether nothing writes over an output, which backward reads; prepare() sees to it
         self.may_refit = False  # whether an eval forward sees training data (freeze sets it)
         self._observer: ranges.RangeObserver | None = None
         self._calibrating = False
@@ -274,7 +275,8 @@ class Estimator(FakeQuantizeBase):
             return x
         self.require_initialized()
         if self.training and not self._frozen:
-            return self.train_forward(x)
+            out = self.train_forward(x)
+            return out if self.output_is_kept else out.clone()
         return self.eval_forward(x)
 
     def eval_forward(self, x: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class InductorModel:
     def __init__(self, reference: fx.GraphModule, batch: Tensor):
         checked = native.lower(reference, _KERNELS_FROM, batch)
         self.meta = {"fxquant_lowered": [_compiled(entry) for entry in checked.meta["fxquant_lowered"]]}
-        sound = {entry.layer for entry in self.meta["fxquant_lowered"] if entry.layer and not entry.reason}
+        sound = {e.layer for e in self.meta["fxquant_lowered"] if e.layer and e.kernel != "reference"}
         graph, self.patterns = decompose(reference, sound)
         example = batch if len(batch) > 1 else batch.repeat(2, 1, 1, 1)  # one image would be taken for a constant
         with torch.no_grad():
@@ -55,7 +55,7 @@ class InductorModel:
         self._shape = tuple(batch.shape[1:])
         with _torchs_own_warnings_silenced():
             self._run = torch.compile(program.module())
-        self._sizes: set[int] = set()
+        self._known: set[tuple] = set()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -64,14 +64,19 @@ class InductorModel:
                 f"images of shape {tuple(images.shape)} were given; this model was compiled for [N, "
                 f"{', '.join(map(str, self._shape))}]. Lower again with calibration images of that size"
             )
-        if len(images) in self._sizes:
-            return self._run(images)
+        images = images.to(torch.float32).contiguous()
+        # All that torch compiles anew for; what it compiles without freezing has no integer kernels.
+        key = len(images), torch.get_num_threads(), torch.is_inference_mode_enabled(), images.is_inference()
+        with torch.autocast("cpu", enabled=False):
+            return self._run(images) if key in self._known else self._compile(images, key)
+
+    def _compile(self, images: Tensor, key: tuple) -> Tensor:
         before = Counter(counters["inductor"])
         with config.patch(freezing=True), _torchs_own_warnings_silenced():
             out = self._run(images)
-        if not self._sizes:
+        if not self._known:
             self._say_what_was_not_found(before, len(images) == 1)
-        self._sizes.add(len(images))
+        self._known.add(key)
         return out
 
     def _say_what_was_not_found(self, before: Counter[str], single: bool) -> None:
@@ -82,7 +87,7 @@ class InductorModel:
                 warnings.warn(
                     f"Inductor of torch {torch.__version__} put {found} of {count} {kind} layers on integer kernels; "
                     "the others compute the same in float, slowly. From torch 2.15 on its patterns come with torchao",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
 
 
@@ -128,6 +133,7 @@ class _Decomposition:
         self.modules = dict(model.named_modules())
         self.patterns: Counter[str] = Counter()
         self.quantizers: dict[fx.Node, Quantize] = {}
+        self.clamped: set[fx.Node] = set()
         self.ops = torch.ops.quantized_decomposed
 
     def _module(self, node) -> nn.Module | None:
@@ -140,6 +146,10 @@ class _Decomposition:
             if isinstance(module, Quantize):
                 bounds = (module.quant_min, module.quant_max, torch.uint8)
                 new = self._call(self.ops.quantize_per_tensor.default, node.args[0], *_grid(module), *bounds)
+                if module.quant_max < 255 and node.args[0] not in self.clamped:
+                    # Behind what a kernel takes in (an activation function, an addition) the bounds would be lost.
+                    highest = self._constant(node, "highest", torch.tensor(module.quant_max, dtype=torch.uint8))
+                    new = self._call(torch.ops.aten.minimum.default, new, highest)
                 self.quantizers[new] = module
             elif isinstance(module, Dequantize):
                 new = self._dequantize(node.args[0], module)
@@ -182,7 +192,10 @@ class _Decomposition:
         else:
             return out
         if name == "hardtanh":
-            return self._call(torch.ops.aten.hardtanh.default, out, *bounds)
+            out = self._call(torch.ops.aten.hardtanh.default, out, *bounds)
+            if isinstance(exit_, Quantize):
+                self.clamped.add(out)
+            return out
         return self._call(torch.ops.aten.relu.default, out) if name == "relu" else out
 
     def _dequantize(self, codes: fx.Node, grid: Quantize | Dequantize) -> fx.Node:
@@ -207,10 +220,15 @@ def _torchs_own_warnings_silenced() -> Iterator[None]:
 
 
 def _compiled(entry: native.LoweredLayer) -> native.LoweredLayer:
-    """What becomes of an operator here that has been lowered to onednn."""
+    """What becomes of an operator here that has been lowered to onednn.
+
+    A layer stays on the reference where onednn computes it wrongly, not where it only lacks a form that is fused.
+    """
     if not entry.layer:
         return replace(entry, kernel="generated", reason="")
-    return replace(entry, kernel="reference") if entry.reason else entry
+    wrong = not entry.kernel.startswith("onednn") or " of " in entry.kernel or "off by" in entry.reason
+    kernel = "reference" if wrong else entry.kernel.removesuffix(" (sums)")
+    return replace(entry, kernel=kernel, reason=entry.reason if wrong else "")
 
 
 def _grid(quantizer: Quantize | Dequantize) -> tuple[float, int]:

@@ -137,8 +137,7 @@ class OnednnLayer(Kernel):
                     codes, *self.in_grid, *weight, self.bias, *self.result, *self.post
                 )
         else:
-            if self.convolution:
-                addend = _channels_last(addend)
+            addend = _channels_last(addend) if self.convolution else addend.contiguous()  # torch takes it for that
             if not self.overwrite:
                 addend = addend.clone()
             add = (*self.add_grid, "sum", 1.0, *self.post)
@@ -235,7 +234,7 @@ class FastQuantize(Kernel):
         self.bounds = _ROUNDING + exit_.quant_min - self.zero, _ROUNDING + exit_.quant_max - self.zero
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._round(x * self.inverse)
+        return self._round(x.to(torch.float32) * self.inverse)
 
     def _round(self, steps: Tensor) -> Tensor:
         """Codes of a tensor in units of steps, which it overwrites."""

@@ -200,28 +200,34 @@ def _symbolic(reference: fx.GraphModule, weight_only_linear: bool) -> fx.GraphMo
     """A copy of the reference graph whose integer operators write themselves as ONNX's."""
     model = copy.deepcopy(reference)
     modules = dict(model.named_modules())
-    forms: dict[str, nn.Module] = {}
-    for node in model.graph.nodes:
-        module = modules.get(node.target) if node.op == "call_module" else None
+    calls = [node for node in model.graph.nodes if node.op == "call_module"]
+    layers = [node.all_input_nodes[0] for node in calls if isinstance(modules[node.target], Rescale)]
+    weight_only = {layer for layer in layers if weight_only_linear and _fits_weight_only(modules[layer.target])}
+    forms: dict[fx.Node, nn.Module] = {}
+    for node in calls:
+        module = modules[node.target]
         if isinstance(module, Quantize):
             (source,) = node.all_input_nodes
-            rescale = modules.get(source.target)
+            rescale = modules.get(source.target) if source.op == "call_module" else None
             cut = isinstance(rescale, Rescale) and _quantized_next(source, modules)
-            forms[node.target] = _Quantize(module, rescale.ceiling if cut else None)
+            form = _FloatCodes if weight_only.issuperset(node.users) else _Quantize
+            forms[node] = form(module, rescale.ceiling if cut else None)
         elif isinstance(module, Dequantize):
-            forms[node.target] = _Dequantize(module.scale, module.zero_point)
+            forms[node] = _Dequantize(module.scale, module.zero_point)
         elif isinstance(module, Rescale):
             (layer,) = node.all_input_nodes
             (codes,) = layer.all_input_nodes
             entry = modules[codes.target]
-            if weight_only_linear and _fits_weight_only(modules[layer.target]):
-                forms[codes.target] = _FloatCodes(entry)
-                forms[layer.target] = _WeightOnlyLinear(modules[layer.target], entry, module)
-            else:
-                forms[layer.target] = _Layer(modules[layer.target], entry, module)
-            forms[node.target] = _Activate(module.relu, None if _quantized_next(node, modules) else module.ceiling)
-    for name, form in forms.items():
-        setattr(model, name, form)  # names of a reference graph's modules have no dots
+            form = _WeightOnlyLinear if layer in weight_only else _Layer
+            forms[layer] = form(modules[layer.target], entry, module)
+            if layer in weight_only and not isinstance(forms[codes], _FloatCodes):
+                forms[layer] = nn.Sequential(_Dequantize(entry.scale, entry.zero_point), forms[layer])
+            forms[node] = _Activate(module.relu, None if _quantized_next(node, modules) else module.ceiling)
+    for node, form in forms.items():  # a form a call: a module that is called twice need not be followed by the same
+        node.target = f"{node.name}_onnx"
+        model.add_submodule(node.target, form)
+    model.delete_all_unused_submodules()
+    model.recompile()
     return model.eval()
 
 
@@ -298,12 +304,12 @@ def _fits_weight_only(layer: nn.Module) -> bool:
 class _FloatCodes(nn.Module):
     """The real numbers that the codes of ``x`` stand for, in float: narrow weights do not fuse after a Dequantize."""
 
-    def __init__(self, entry: Quantize):
+    def __init__(self, entry: Quantize, ceiling: float | None):
         super().__init__()
         self.register_buffer("scale", entry.scale.clone())
         self.register_buffer("reciprocal", 1.0 / entry.scale)
         zero = int(entry.zero_point)
-        self.lowest, self.highest = float(entry.quant_min - zero), float(entry.quant_max - zero)
+        self.lowest, self.highest = float(entry.quant_min - zero), float(entry.highest_below(ceiling) - zero)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.round(x * self.reciprocal).clamp(self.lowest, self.highest) * self.scale

@@ -35,7 +35,7 @@ from ..integer import IntegerConv2d, IntegerLinear
 from ..prepare import prepared_info
 from ..spec import Rule
 
-FORMAT, VERSION = "fxquant-packed", "1"
+FORMAT, VERSION = "fxquant-packed", "2"
 _LARGEST_IMAGE = 2**26  # elements: a file must not make its reader allocate what it likes
 
 
@@ -142,7 +142,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise CheckpointError(f"{path} is no packed file (format {metadata.get('format')!r}, not {FORMAT!r})")
     if metadata.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has version {metadata.get('version')!r} of the format; this fxquant reads version {VERSION!r}"
+            f"{path} has version {metadata.get('version')!r} of the format; this fxquant reads version {VERSION!r}. "
+            "Convert the trained model again, or read it with the fxquant that wrote it"
         )
     if metadata.get("sha256") != _checksum(metadata, tensors):
         raise CheckpointError(f"{path} is damaged: its checksum does not hold; get or save it anew")
