@@ -4,6 +4,7 @@ The way through, in order:
 
 * ``Rule``, ``Budget`` - which layers get which widths and estimator; what the whole must keep to.
 * ``prepare``, ``calibrate`` - a float model to one that trains quantized.
+* ``allocate`` - whole widths for every layer, within a budget, that cost the model least.
 * ``param_groups``, ``QATLoss``, ``Controller`` - what your own training loop needs.
 * ``freeze`` - whole widths inside the budget, BatchNorm re-estimated, scales fixed.
 * ``convert`` - the reference integer graph, equal to the frozen model bit for bit.
@@ -15,6 +16,7 @@ The way through, in order:
 * ``FxQuantError`` - base of every error that fxquant raises on purpose.
 """
 
+from .allocate import allocate
 from .controller import Controller, param_groups
 from .convert import convert
 from .errors import FxQuantError
@@ -38,6 +40,7 @@ __all__ = [
     "OpenVinoModel",
     "QATLoss",
     "Rule",
+    "allocate",
     "calibrate",
     "convert",
     "export_onnx",

@@ -1,122 +1,259 @@
-"""Learned widths to whole ones, inside a hard budget."""
+"""allocate(): whole widths for every layer, within a budget, that cost the model least."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
 import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-from torch import nn
+from torch import fx
 
 from . import cost
-from .budget import BudgetBound, budget_bounds
-from .estimators import Estimator
+from .budget import budget_bounds
+from .capacity import INPUT, WEIGHT
+from .errors import SpecError, UnknownNameError
+from .estimators import check_width
+from .integer_program import Flow, Program, Solution, joined_ties
 from .layers import QATLayer
-from .spec import Budget
+from .mincut import SINK, graph_arcs, minimum_cut
+from .prepare import engine_limits, prepared_info
+from .sensitivity import Sensitivity, measure_sensitivity
+from .spec import Budget, Rule, resolve_rules
+
+_LEAST_CAPACITY = 1e-3  # bits per image, under a logarithm
 
 
-def fix_widths(
-    model: nn.Module, budget: Budget | None = None, *, keep_learning: bool = False
-) -> dict[str, tuple[int, int]]:
-    """Give every quantizer that still learns its width the whole one nearest to it that the budget allows.
+@dataclass(frozen=True)
+class Allocation:
+    """Whole widths for every layer, within a budget; :attr:`rules` is what :func:`fxquant.prepare` takes.
 
-    Starts from the learned widths rounded up, then takes single bits away, each time the one whose removal strays
-    least from the learned width for what it saves, until the budget holds, and hands out again what a last step left
-    over. A width never leaves its rule's interval.
+    Attributes:
+        sensitivity: what was weighed up: ``capacity``, ``fisher`` or ``loss``.
+        widths: (weight bits, activation bits) of each quantized layer.
+        rules: one rule a layer, those that stay float included.
+        spent: of each bound of the budget, what the widths take and the limit.
+        predicted: sum of the sensitivities, in nats per image; for ``capacity`` the minimum cut that widths can move,
+            in bits per image.
+        gap: relative distance from the optimum that the solver leaves open.
+        seconds: that the solver took.
+    """
+
+    sensitivity: str
+    widths: dict[str, tuple[int, int]]
+    rules: list[Rule]
+    spent: dict[str, tuple[float, float]]
+    predicted: float
+    gap: float
+    seconds: float
+
+    def to_toml(self, estimator: str | None = None) -> str:
+        """The rules as a table that a recipe can extend, to be read and edited.
+
+        Args:
+            estimator: of the recipe; rules that have another name their own.
+        """
+        lines = [f"# {'; '.join(self.summary())}", "rules = ["]
+        for rule in self.rules:
+            keys = {"pattern": rule.pattern}
+            if rule.keeps_float:
+                keys["bits"] = "float"
+            else:
+                keys |= {"weight_bits": rule.weight_bits, "activation_bits": rule.activation_bits}
+                keys |= {} if rule.estimator == estimator else {"estimator": rule.estimator}
+                plain = Rule(rule.pattern, rule.weight_bits, rule.activation_bits, rule.estimator)
+                for key in ("per_channel", "init", "options"):
+                    if getattr(rule, key) != getattr(plain, key):
+                        keys[key] = getattr(rule, key)
+            lines.append(f"    {_toml(keys)},")
+        return "\n".join([*lines, "]", ""])
+
+    def summary(self) -> list[str]:
+        """What was weighed up and what is spent, a phrase each."""
+        unit = "bits per image" if self.sensitivity == "capacity" else "nats"
+        spent = [f"{name} {used:.6g} of {limit:.6g}" for name, (used, limit) in self.spent.items()]
+        return [f"sensitivity {self.sensitivity}, {self.predicted:.4g} {unit}", *spent]
+
+
+def _toml(value: object) -> str:
+    """A plain value as TOML, tables inline."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }" if value else "{}"
+    return json.dumps(value)
+
+
+def allocate(
+    model: fx.GraphModule,
+    budget: Budget,
+    sensitivity: str | Sensitivity = "fisher",
+    *,
+    batches: Iterable | None = None,
+    weight_bits: tuple[int, int] = (2, 8),
+    activation_bits: tuple[int, int] = (2, 8),
+    fixed: str | None = "first|last",
+    tied: Iterable[Iterable[str]] = (),
+    tie_readers: bool = True,
+    max_batches: int = 4,
+    seconds: float = 10.0,
+) -> Allocation:
+    """Whole widths for every layer that cost the model least, within ``budget``.
+
+    With ``fisher`` and ``loss`` the sum of the sensitivities (:mod:`fxquant.sensitivity`) is smallest. With
+    ``capacity`` the minimum cut is largest; cuts that no width in reach moves, such as a classifier's last tensors, are
+    passed over from the output backwards. Of the choices with that cut the one is taken with the largest sum over
+    tensors of log capacity (proportional fairness, Kelly 1997): no tensor gains a share unless others lose less.
 
     Args:
-        model: a prepared model.
-        budget: what the whole widths must keep to.
-        keep_learning: leave those that learn within an interval as they are; fix the others.
-
-    Returns:
-        (weight bits, activation bits) of each quantized layer, by name.
+        model: from :func:`fxquant.prepare`, not frozen; it stays as it is. Prepare again with the rules that result.
+        budget: what the widths keep to.
+        sensitivity: ``capacity``, ``fisher``, ``loss``, or what :func:`measure_sensitivity` gave.
+        batches: images to measure on; the calibration data of ``prepare`` when not given.
+        weight_bits, activation_bits: lowest and highest candidate. A rule with an interval narrows it, and so does the
+            backend where its kernels compute wide operands wrongly.
+        fixed: pattern of layers that keep the widths of their rules, as in a rule; None for no layer.
+        tied: groups of tensors (``<layer>.weight``, ``<layer>.input``) that get the same width.
+        tie_readers: whether layers that read the same tensor get the same input width: it is then quantized once.
+        max_batches: how many batches to measure on.
+        seconds: for the solver, after which the best widths found so far are taken.
 
     Raises:
-        SpecError: where even the lowest widths exceed the budget.
+        SpecError: no budget, a budget out of reach, ties that cannot be kept, an unknown tensor.
+        UnknownNameError, RuleError: an unknown sensitivity, a pattern without a layer.
     """
-    require_reachable(model, budget)
-    choices = _choices(model)
+    info = prepared_info(model)
+    if not budget:
+        raise SpecError("allocate was given a Budget without a bound; give one, such as Budget(mean_weight_bits=4)")
+    options = _options(model, weight_bits, activation_bits, fixed)
     bounds = budget_bounds(model, budget)
     for bound in bounds:
-        while not bound.holds(_widths(choices)):
-            savings = {key: _saved(bound, choices, key) for key, c in choices.items() if c.bits > c.lowest}
-            key = min((k for k, saved in savings.items() if saved > 0), key=lambda k: choices[k].strain() / savings[k])
-            choices[key].bits -= 1
-    _spend_what_is_left(bounds, choices)
-    for choice in choices.values():
-        interval = isinstance(choice.estimator.bits, tuple)
-        if not choice.estimator.settled and not (keep_learning and interval):
-            choice.estimator.fix_width(choice.bits)
-    return _widths(choices)
+        bound.require({name: min(pairs) for name, pairs in options.items()})
+    sides = {f"{name}.{kind}": (name, side) for name in options for side, kind in enumerate((WEIGHT, INPUT))}
+    groups = [[_side(sides, tensor) for tensor in group] for group in tied]
+    groups += _readers_of_one_tensor(model) if tie_readers else []
+    free = {name for name, pairs in options.items() if len(pairs) > 1}
+    ties = [group for group in joined_ties(groups) if any(name in free for name, _ in group)]
+    if isinstance(sensitivity, str):
+        data = info.calibration if batches is None else batches
+        if data is None:
+            raise SpecError(f"sensitivity {sensitivity!r} is measured on images; give allocate batches=...")
+        measured = options if sensitivity == "capacity" else {name: options[name] for name in options if name in free}
+        candidates = {
+            name: tuple(sorted({pair[side] for pair in pairs}) for side in (0, 1)) for name, pairs in measured.items()
+        }
+        sensitivity = measure_sensitivity(model, data, sensitivity, candidates, max_batches=max_batches)
+    began = time.perf_counter()
+    program = Program(options, bounds, ties, seconds)
+    if sensitivity.method == "capacity":
+        solution, predicted = _largest_cut(program, model, sensitivity, sides)
+    else:
+        losses = {tensor: _rising(row) for tensor, row in sensitivity.tensors.items()}
+
+        def loss(name: str, pair: tuple[int, int]) -> float:
+            tensors = (f"{name}.{WEIGHT}", f"{name}.{INPUT}")
+            return sum(losses.get(tensor, {}).get(bits, 0.0) for tensor, bits in zip(tensors, pair, strict=True))
+
+        solution = program.minimise(loss)
+        predicted = sum(loss(*choice) for choice in solution.widths.items())
+    rules = [
+        Rule(name, None, None)
+        if name not in solution.widths
+        else dataclasses.replace(
+            rule, pattern=name, weight_bits=solution.widths[name][0], activation_bits=solution.widths[name][1]
+        )
+        for name, rule in info.rules.items()
+    ]
+    spent = {bound.name: (bound.spent(solution.widths), bound.limit) for bound in bounds}
+    elapsed = time.perf_counter() - began
+    return Allocation(sensitivity.method, solution.widths, rules, spent, predicted, solution.gap, elapsed)
 
 
-def require_reachable(model: nn.Module, budget: Budget | None) -> None:
-    """Raises :class:`SpecError` where even the lowest widths that a prepared model's rules allow exceed ``budget``."""
-    choices = _choices(model)
-    for choice in choices.values():
-        choice.bits = choice.lowest
-    for bound in budget_bounds(model, budget):
-        bound.require(_widths(choices))
+def _options(
+    model: fx.GraphModule, weight_bits: tuple[int, int], activation_bits: tuple[int, int], fixed: str | None
+) -> dict[str, list[tuple[int, int]]]:
+    """The pairs of widths that each layer can take."""
+    info, layers = prepared_info(model), cost.qat_layers(model)
+    kept = resolve_rules([Rule(fixed, None, None)], list(info.rules)) if fixed else {}
+    out = {}
+    for name, layer in layers.items():
+        rule = info.rules[name]
+        asked = (rule.weight_bits, rule.activation_bits)
+        whole = all(isinstance(bits, int) for bits in asked)
+        if kept.get(name) is not None and whole:
+            out[name] = [asked]
+            continue
+        ranges = []
+        for candidates, own, what in zip(
+            (weight_bits, activation_bits), asked, ("weight_bits", "activation_bits"), strict=True
+        ):
+            low, high = check_width(tuple(candidates), what) if candidates[0] != candidates[1] else candidates
+            low, high = (max(low, own[0]), min(high, own[1])) if isinstance(own, tuple) else (low, high)
+            ranges.append(range(low, high + 1))
+        out[name] = [pair for pair in itertools.product(*ranges) if _runs(layer, info.backend, *pair)]
+        if not out[name]:
+            raise SpecError(
+                f"layer {name!r}: no width is left of weight_bits={weight_bits}, activation_bits={activation_bits}, "
+                f"the rule's {asked} and what {info.backend} computes rightly; widen them"
+            )
+    return out
 
 
-def _choices(model: nn.Module) -> dict[tuple[str, str], _Choice]:
-    return {
-        (name, kind): _Choice(estimator)
-        for name, layer in cost.qat_layers(model).items()
-        for kind, estimator in (("weight", layer.weight_fake_quant), ("activation", layer.input_fake_quant))
-    }
+def _runs(layer: QATLayer, backend: str, weight_bits: int, activation_bits: int) -> bool:
+    limits, _ = engine_limits(layer, backend, weight_bits)
+    return weight_bits <= limits["weight_bits"] and activation_bits <= limits["activation_bits"]
 
 
-def _widths(choices: dict[tuple[str, str], _Choice]) -> dict[str, tuple[int, int]]:
-    names = dict.fromkeys(name for name, _ in choices)
-    return {name: (choices[name, "weight"].bits, choices[name, "activation"].bits) for name in names}
+def _side(sides: dict[str, tuple[str, int]], tensor: str) -> tuple[str, int]:
+    if tensor not in sides:
+        raise UnknownNameError("tensor to tie", tensor, sides)
+    return sides[tensor]
 
 
-def _saved(bound: BudgetBound, choices: dict[tuple[str, str], _Choice], key: tuple[str, str]) -> float:
-    """What a bit less of one tensor saves: the mean down to its lowest width, for bytes come whole."""
-    name, kind = key
-    choice, now = choices[key], _widths({k: c for k, c in choices.items() if k[0] == name})[name]
-    least = (choice.lowest, now[1]) if kind == "weight" else (now[0], choice.lowest)
-    return (bound.of_layer(name, *now) - bound.of_layer(name, *least)) / (choice.bits - choice.lowest)
+def _readers_of_one_tensor(model: fx.GraphModule) -> list[list[tuple[str, int]]]:
+    """Groups of layers' inputs that are one tensor."""
+    layers = cost.qat_layers(model)
+    readers: dict[fx.Node, list[tuple[str, int]]] = {}
+    for node in model.graph.nodes:
+        if node.op == "call_module" and node.target in layers:
+            readers.setdefault(node.args[0], []).append((node.target, 1))
+    return list(readers.values())
 
 
-def _spend_what_is_left(bounds: list[BudgetBound], choices: dict[tuple[str, str], _Choice]) -> None:
-    """Give bits back to those that lost most of their learned width, as long as the budget holds."""
-    short = sorted((c for c in choices.values() if c.bits < c.highest), key=lambda c: c.bits - c.learned)
-    while bounds and short:
-        for choice in short:
-            choice.bits += 1
-            if all(bound.holds(_widths(choices)) for bound in bounds):
-                break
-            choice.bits -= 1
-        else:
-            return
-        short = sorted((c for c in short if c.bits < c.highest), key=lambda c: c.bits - c.learned)
+def _rising(row: Mapping[int, float]) -> dict[int, float]:
+    """A sensitivity that never falls as bits are taken away: where it was measured to, that is noise."""
+    out, most = {}, 0.0
+    for bits in sorted(row, reverse=True):
+        most = max(most, row[bits])
+        out[bits] = most
+    return out
 
 
-_ALL_POSITIVE = 100.0  # above any decrease of a squared distance between widths
+def _largest_cut(
+    program: Program, model: fx.GraphModule, found: Sensitivity, sides: dict[str, tuple[str, int]]
+) -> tuple[Solution, float]:
+    arcs = graph_arcs(model, (*found.tensors, *found.edges))
+    chosen = {tensor: (sides[tensor], row) for tensor, row in found.tensors.items()}
+    lowest = {tensor: row[min(row)] for tensor, row in found.tensors.items()} | found.edges
+    movable = {tensor for tensor, row in found.tensors.items() if len(row) > 1}
+    sinks: frozenset[str] = frozenset({SINK})
+    flow = None
+    while True:
+        cut = minimum_cut(arcs, lowest, sinks)
+        if math.isinf(cut.bits) or not cut.tensors:
+            break
+        if movable.intersection(cut.tensors):
+            flow = Flow(arcs, found.edges, chosen, sinks)
+            break
+        sinks = cut.entered
+    reached = program.maximise(flow).flow if flow else math.inf
 
+    def unfairness(name: str, pair: tuple[int, int]) -> float:
+        rows = (found.tensors[f"{name}.{WEIGHT}"], found.tensors[f"{name}.{INPUT}"])
+        return -sum(math.log(max(row[bits], _LEAST_CAPACITY)) for row, bits in zip(rows, pair, strict=True))
 
-class _Choice:
-    """The whole width of one quantizer while it is being chosen."""
-
-    def __init__(self, estimator: Estimator):
-        self.estimator = estimator
-        self.learned = float(estimator.bit_width().detach().mean())
-        if not estimator.learns_width:
-            self.bits = self.lowest = self.highest = estimator.whole_bits
-        elif isinstance(estimator.bits, int):  # squeezed towards one target: that is the width
-            self.bits = self.lowest = self.highest = estimator.bits
-        else:
-            self.lowest, self.highest = estimator.bits
-            self.bits = min(max(math.ceil(self.learned - 1e-6), self.lowest), self.highest)
-            self.highest = self.bits  # a rest of the budget goes back to whom it was taken from, to no one else
-
-    def strain(self) -> float:
-        """How much one bit less adds to the squared distance from the learned width; made positive."""
-        added = (self.bits - 1 - self.learned) ** 2 - (self.bits - self.learned) ** 2
-        return added + _ALL_POSITIVE
-
-
-def layer_widths(layer: QATLayer) -> tuple[float, float]:
-    """Width of a layer's weight and of its input at this moment, as plain numbers."""
-    return float(cost.weight_bits(layer).detach()), float(cost.activation_bits(layer).detach())
+    fair = dataclasses.replace(flow, at_least=reached * (1 - 1e-4)) if flow else None
+    solution = program.minimise(unfairness, fair)
+    capacities = {tensor: row[solution.widths[name][side]] for tensor, ((name, side), row) in chosen.items()}
+    return solution, minimum_cut(arcs, capacities | found.edges, sinks).bits

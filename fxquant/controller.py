@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from .allocate import fix_widths, require_reachable
 from .cost import quantizer_parameters
 from .errors import CheckpointError, SpecError
 from .estimators import Estimator
@@ -12,6 +11,7 @@ from .freeze import hold_batch_norm
 from .grid import check_bits
 from .schedule import staircase
 from .spec import Budget
+from .widths import fix_widths, require_reachable
 
 
 class Controller:

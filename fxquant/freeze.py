@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from . import cost
-from .allocate import fix_widths
 from .errors import SpecError
 from .estimators import Estimator
 from .layers import QATLayer
 from .prepare import _images, prepared_info
 from .spec import Budget
 from .ties import avoid_ties
+from .widths import fix_widths
 
 
 def freeze(

@@ -40,12 +40,12 @@ class Cut:
     Attributes:
         bits: its value, bits per image; infinite where nothing between the two ends is quantized.
         tensors: the quantized tensors in it, in the order of the graph.
-        before: the vertices on the side of the image.
+        entered: the vertices at which its arcs begin; cut off these to find what limits the part before.
     """
 
     bits: float
     tensors: tuple[str, ...]
-    before: frozenset[str] = frozenset()
+    entered: frozenset[str] = frozenset()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -111,8 +111,9 @@ def minimum_cut(arcs: Iterable[Arc], capacities: Mapping[str, float], sinks: Ite
         _, (near, far) = nx.minimum_cut(network, end, SOURCE)
     except nx.NetworkXUnbounded:
         return Cut(math.inf, ())
-    crossed = [a.tensor for a in arcs if a.tail in far and a.head in near and a.tensor is not None]
-    return Cut(sum(capacities[tensor] for tensor in crossed), tuple(crossed), frozenset(far))
+    crossed = [a for a in arcs if a.tail in far and a.head in near and a.tensor is not None]
+    tensors = tuple(arc.tensor for arc in crossed)
+    return Cut(sum(capacities[tensor] for tensor in tensors), tensors, frozenset(arc.tail for arc in crossed))
 
 
 def successive_cuts(arcs: Iterable[Arc], capacities: Mapping[str, float]) -> list[Cut]:
@@ -123,11 +124,10 @@ def successive_cuts(arcs: Iterable[Arc], capacities: Mapping[str, float]) -> lis
     """
     arcs = list(arcs)
     cuts: list[Cut] = []
-    sinks: set[str] = {SINK}
+    sinks = frozenset({SINK})
     while True:
         cut = minimum_cut(arcs, capacities, sinks)
         if math.isinf(cut.bits) or not cut.tensors:
             return cuts or [cut]
         cuts.append(cut)
-        # What the cut let through ends where its arcs begin.
-        sinks = {arc.tail for arc in arcs if arc.tensor in cut.tensors and arc.tail in cut.before}
+        sinks = cut.entered

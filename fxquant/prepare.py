@@ -286,19 +286,29 @@ def _qconfig_of(rule: Rule | None, residual_bits: int):
     )
 
 
-def _within_engine(rule: Rule | None, layer: nn.Module, name: str, backend: str) -> Rule | None:
-    """The rule, reduced where the kernels of the profile would overflow; with a warning that says so."""
-    if rule is None or rule.keeps_float:
-        return rule
+def engine_limits(layer: nn.Module, backend: str, weight_bits: int) -> tuple[dict[str, int], str]:
+    """Widest weight and activation that a backend's kernels compute rightly for a layer, and why it is not 8 bits.
+
+    Args:
+        weight_bits: that the weight is to have: some kernels overflow only where both operands are wide.
+    """
     profile = get_backend(backend)
     widest = {"weight_bits": 8, "activation_bits": 8}
     reason = ""
     if profile.saturates_without_vnni and not has_vnni():
         widest["weight_bits"], reason = 7, "without VNNI instructions sums of two products saturate at 16 bits"
     depthwise = getattr(layer, "groups", 1) > 1 and layer.groups == layer.in_channels
-    if depthwise and _highest(rule.weight_bits) == widest["weight_bits"] == 8 > profile.depthwise_bits:
+    if depthwise and weight_bits == widest["weight_bits"] == 8 > profile.depthwise_bits:
         widest["activation_bits"] = profile.depthwise_bits
         reason = f"{backend}'s depthwise kernels saturate at 16 bits"
+    return widest, reason
+
+
+def _within_engine(rule: Rule | None, layer: nn.Module, name: str, backend: str) -> Rule | None:
+    """The rule, reduced where the kernels of the profile would overflow; with a warning that says so."""
+    if rule is None or rule.keeps_float:
+        return rule
+    widest, reason = engine_limits(layer, backend, _highest(rule.weight_bits))
     for field_name, bits in widest.items():
         asked = getattr(rule, field_name)
         if _highest(asked) > bits:

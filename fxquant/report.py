@@ -10,9 +10,9 @@ from rich.table import Table
 from torch import fx
 
 from . import cost
-from .allocate import layer_widths
 from .lower import LoweredLayer
 from .prepare import prepared_info
+from .widths import layer_widths
 
 
 def layer_rows(model: fx.GraphModule) -> list[dict]:

@@ -1,173 +1,215 @@
-"""Whole widths inside a hard budget, for any learned widths and any budget."""
+"""Allocation: within budget and near it, constraints kept, as good as any other choice, and a table that reads back."""
 
 from __future__ import annotations
 
-import copy
-import math
+import itertools
+import tomllib
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 import fxquant as fq
-from fxquant import Budget, cost
-from fxquant.allocate import fix_widths, layer_widths
-from fxquant.errors import SpecError
-from tests.models import TinyResidual, settle
+from fxquant import Budget, Rule, cost
+from fxquant.errors import RuleError, SpecError, UnknownNameError
+from fxquant.recipe import parse_recipe
+from fxquant.sensitivity import Sensitivity
+from tests.models import TinyMobile, TinyResidual, settle
 
-LOWEST, HIGHEST = 2, 8
 LAYERS = ("stem", "conv1", "conv2", "shortcut", "head")
-
-
-def build(rules) -> nn.Module:
-    torch.manual_seed(0)
-    x = torch.randn(4, 3, 16, 16)
-    return fq.prepare(settle(TinyResidual(), x), rules, calibration=[x])
+FREE = ("conv1", "conv2", "shortcut")
 
 
 @pytest.fixture(scope="module")
-def learning() -> nn.Module:
-    return build([fq.Rule("*", (LOWEST, HIGHEST), (LOWEST, HIGHEST), "nipq")])
+def images():
+    torch.manual_seed(0)
+    return F.interpolate(torch.randn(32, 3, 4, 4), size=16, mode="bilinear")
 
 
-def with_widths(model: nn.Module, widths: list[float]) -> nn.Module:
-    """A copy whose quantizers have learned ``widths``: weights, then inputs, in the order of LAYERS."""
-    model = copy.deepcopy(model)
-    quantizers = [model.get_submodule(n).weight_fake_quant for n in LAYERS]
-    quantizers += [model.get_submodule(n).input_fake_quant for n in LAYERS]
-    for quantizer, width in zip(quantizers, widths, strict=True):
-        share = (width - LOWEST) / (HIGHEST - LOWEST)
-        quantizer.raw_width.data.fill_(math.log(share / (1 - share)))
-        assert float(quantizer.bit_width().detach()) == pytest.approx(width, abs=1e-4)
-    return model
+@pytest.fixture(scope="module")
+def model(images):
+    torch.manual_seed(0)
+    rules = [Rule("first|last", 8, 8), Rule("*", 3, 3, "pege")]
+    return fq.prepare(settle(TinyResidual(), images), rules, calibration=[images])
 
 
-def spent(model: nn.Module, widths: dict[str, tuple[int, int]]) -> dict[str, float]:
-    """What whole widths cost, worked out from the sizes alone."""
-    costs = model.meta["fxquant"].costs
-    return {
-        "mean_weight_bits": sum(widths[n][0] * costs[n].weights for n in widths)
-        / sum(c.weights for c in costs.values()),
-        "mean_activation_bits": sum(widths[n][1] * costs[n].inputs for n in widths)
-        / sum(c.inputs for c in costs.values()),
-        "bops": sum(widths[n][0] * widths[n][1] * costs[n].macs for n in widths),
-        "weight_bytes": UNPACKED + sum(math.ceil(widths[n][0] * costs[n].weights / 8) for n in widths),
-    }
-
-
-def allowed(model: nn.Module, widths: dict[str, tuple[int, int]], budget: Budget) -> bool:
-    return all(
-        getattr(budget, name) is None or value <= getattr(budget, name) * (1 + 1e-9)
-        for name, value in spent(model, widths).items()
-    )
-
-
-WIDTHS = st.lists(st.floats(LOWEST + 0.01, HIGHEST - 0.01), min_size=10, max_size=10)
-MEAN = st.none() | st.floats(1.5, 8.5)
-FULL_BOPS = 64 * (16 * 16 * 8 * 27 + 4 * 4 * 16 * (72 + 144 + 8) + 80)
-WEIGHTS = 8 * 27 + 16 * (72 + 144 + 8) + 5 * 16
-UNPACKED = 8 * (8 + 16 + 16 + 16 + 5)  # scale and bias of each output channel
-SHARE = st.none() | st.floats(0.03, 1.1)
-BUDGETS = st.builds(
-    Budget,
-    MEAN,
-    MEAN,
-    SHARE.map(lambda share: share and share * FULL_BOPS),
-    SHARE.map(lambda share: share and UNPACKED + share * WEIGHTS),
-)
-
-
-@given(widths=WIDTHS, budget=BUDGETS)
-def test_no_budget_is_ever_exceeded_and_no_width_leaves_its_interval(learning, widths, budget):
-    model = with_widths(learning, widths)
-    lowest = dict.fromkeys(LAYERS, (LOWEST, LOWEST))
-    if not allowed(model, lowest, budget):
-        with pytest.raises(SpecError, match=r"was asked for, but the lowest widths that the rules allow .* take"):
-            fix_widths(model, budget)
-        assert all(model.get_submodule(n).weight_fake_quant.learns_width for n in LAYERS)
-        return
-    whole = fix_widths(model, budget)
-    assert list(whole) == list(LAYERS)
-    assert allowed(model, whole, budget)
-    assert all(type(b) is int and LOWEST <= b <= HIGHEST for pair in whole.values() for b in pair)
-    assert {n: layer_widths(model.get_submodule(n)) for n in LAYERS} == whole
+def uniform(model, name: str) -> float:
+    """What the model's own widths spend of a bound."""
     layers, costs = cost.qat_layers(model), model.meta["fxquant"].costs
-    assert float(cost.bops(layers, costs)) == pytest.approx(spent(model, whole)["bops"], rel=1e-6)
-    assert cost.ideal_weight_bytes(model) == spent(model, whole)["weight_bytes"]
+    if name == "weight_bytes":
+        return cost.ideal_weight_bytes(model)
+    return float(getattr(cost, name)(layers, costs).double())
 
 
-@given(widths=WIDTHS, budget=BUDGETS)
-def test_no_width_rises_above_what_was_learned(learning, widths, budget):
-    """Each ends at most at its learned width rounded up: what the budget leaves goes to no one who did not ask."""
-    model = with_widths(learning, widths)
-    if not allowed(model, dict.fromkeys(LAYERS, (LOWEST, LOWEST)), budget):
-        return
-    whole = fix_widths(model, budget)
-    got = [whole[n][0] for n in LAYERS] + [whole[n][1] for n in LAYERS]
-    assert all(bits <= math.ceil(width - 1e-4) for bits, width in zip(got, widths, strict=True))
+@pytest.mark.parametrize("sensitivity", ["fisher", "loss", "capacity"])
+@pytest.mark.parametrize(
+    "names",
+    [("bops",), ("weight_bytes",), ("mean_weight_bits", "mean_activation_bits"), ("bops", "weight_bytes")],
+)
+def test_as_good_as_uniform_widths_at_the_same_price(model, images, sensitivity, names):
+    budget = Budget(**{name: uniform(model, name) for name in names})
+    found = fq.allocate(model, budget, sensitivity)
+    again = fq.prepare(settle(TinyResidual(), images), found.rules, calibration=[images])
+    for name in names:
+        used, limit = found.spent[name]
+        assert used <= limit
+        assert uniform(again, name) == pytest.approx(used, rel=1e-6)
+    assert max(used / limit for used, limit in found.spent.values()) > 0.9  # three layers: bits are coarse
+    assert {n: found.widths[n] for n in ("stem", "head")} == {"stem": (8, 8), "head": (8, 8)}
+    assert all(2 <= bits <= 8 for name in FREE for bits in found.widths[name])
+    assert {n: (r.weight_bits, r.activation_bits) for n, r in again.meta["fxquant"].rules.items()} == found.widths
+    assert {r.estimator for r in found.rules if r.pattern in FREE} == {"pege"}
 
 
-@given(widths=WIDTHS, budget=BUDGETS)
-def test_no_bit_is_taken_that_the_budget_could_have_left(learning, widths, budget):
-    model = with_widths(learning, widths)
-    if not allowed(model, dict.fromkeys(LAYERS, (LOWEST, LOWEST)), budget):
-        return
-    whole = fix_widths(model, budget)
-    for index, name in enumerate(LAYERS):
-        for kind in (0, 1):
-            if whole[name][kind] >= math.floor(widths[index + 5 * kind]):
-                continue
-            wider = whole | {name: tuple(b + (k == kind) for k, b in enumerate(whole[name]))}
-            assert not allowed(model, wider, budget), (name, kind)
+def known(values) -> Sensitivity:
+    """``values[tensor]`` at 2 bits, a quarter of it with each further bit."""
+    return Sensitivity("fisher", {t: {b: v * 4.0 ** (2 - b) for b in range(2, 9)} for t, v in values.items()})
 
 
-def test_without_a_budget_widths_are_rounded_up(learning):
-    widths = [2.1, 3.0, 4.5, 6.99, 7.2, 2.5, 3.5, 4.01, 5.0, 7.9]
-    whole = fix_widths(with_widths(learning, widths))
-    assert whole == {"stem": (3, 3), "conv1": (3, 4), "conv2": (5, 5), "shortcut": (7, 5), "head": (8, 8)}
+TENSORS = {f"{n}.{k}": 1.0 for n in FREE for k in ("weight", "input")}
 
 
-def test_a_budget_on_weights_leaves_activations_as_they_were_learned(learning):
-    whole = fix_widths(with_widths(learning, [7.5] * 5 + [3.5] * 5), Budget(mean_weight_bits=4))
-    assert {a for _, a in whole.values()} == {4}
-    assert spent(learning, whole)["mean_weight_bits"] <= 4
+def test_bits_go_where_they_are_felt(model):
+    budget = Budget(mean_weight_bits=3.2)
+    found = fq.allocate(model, budget, known(TENSORS | {"conv1.weight": 1e4}), tie_readers=False)
+    assert found.widths["conv1"][0] > max(found.widths["conv2"][0], 3)
+    best = min(
+        sum(4.0 ** (2 - b) * (1e4 if i == 0 else 1) for i, b in enumerate(bits))
+        for bits in itertools.product(range(2, 9), repeat=3)
+        if _mean_weight_bits(model, dict(zip(FREE, bits, strict=True))) <= 3.2
+    )
+    ours = sum(4.0 ** (2 - found.widths[n][0]) * (1e4 if n == "conv1" else 1) for n in FREE)
+    assert ours == pytest.approx(best, rel=1e-3)
 
 
-def test_a_budget_with_room_to_spare_changes_nothing(learning):
-    widths = [3.5] * 10
-    generous = Budget(mean_weight_bits=8, mean_activation_bits=8, bops=FULL_BOPS)
-    assert fix_widths(with_widths(learning, widths), generous) == fix_widths(with_widths(learning, widths))
+def _mean_weight_bits(model, bits: dict[str, int]) -> float:
+    costs = model.meta["fxquant"].costs
+    total = sum(c.weights for c in costs.values())
+    return sum(bits.get(n, 8) * c.weights for n, c in costs.items()) / total
 
 
-def test_widths_that_are_whole_already_count_but_do_not_move():
-    model = build([fq.Rule("first|last", 8, 8, "lsq"), fq.Rule("*", (2, 8), (2, 8), "nipq")])
-    whole = fix_widths(model, Budget(mean_weight_bits=3))
-    assert whole["stem"] == whole["head"] == (8, 8)
-    assert spent(model, whole)["mean_weight_bits"] <= 3
-    with pytest.raises(SpecError, match=r"budget mean_weight_bits=2\.1 was asked for"):
-        fix_widths(model, Budget(mean_weight_bits=2.1))
-    fixed = build([fq.Rule("*", 4, 4)])
-    with pytest.raises(SpecError, match=r"budget bops=1000 .* take \d.*; raise the budget, or lower the rules"):
-        fix_widths(fixed, Budget(bops=1000))
-    assert set(fix_widths(fixed, Budget(mean_weight_bits=4, mean_activation_bits=4)).values()) == {(4, 4)}
+def test_ties(model):
+    uneven = known(TENSORS | {"conv1.input": 1e3, "conv2.weight": 1e3})
+    budget = Budget(bops=uniform(model, "bops"))
+    free = fq.allocate(model, budget, uneven, tie_readers=False).widths
+    assert free["conv1"][1] != free["shortcut"][1]
+    # conv1 and shortcut read one tensor.
+    read = fq.allocate(model, budget, uneven).widths
+    assert read["conv1"][1] == read["shortcut"][1]
+    tied = fq.allocate(
+        model, budget, uneven, tied=[["conv1.weight", "conv2.weight"], ["conv2.weight", "shortcut.weight"]]
+    )
+    assert len({tied.widths[n][0] for n in FREE}) == 1
+    with pytest.raises(UnknownNameError, match=r"unknown tensor to tie 'conv1.weights': did you mean 'conv1.weight'"):
+        fq.allocate(model, budget, uneven, tied=[["conv1.weights", "conv2.weight"]])
 
 
-def test_fixing_twice_is_fixing_once(learning):
-    model = with_widths(learning, [5.5] * 10)
-    budget = Budget(mean_weight_bits=4, mean_activation_bits=4)
-    whole = fix_widths(model, budget)
-    assert fix_widths(model, budget) == whole
-    assert fix_widths(model) == whole
+def test_the_widths_a_backend_runs(images):
+    """fbgemm's depthwise kernel is wrong where both operands have 8 bits."""
+    model = fq.prepare(settle(TinyMobile(), images), [Rule("*", 4, 4)], calibration=[images], backend="fbgemm")
+    tensors = {f"{n}.{k}": 1.0 for n in cost.qat_layers(model) for k in ("weight", "input")}
+    found = fq.allocate(model, Budget(mean_weight_bits=8), known(tensors), fixed=None, tie_readers=False)
+    assert found.widths["depthwise"] in ((8, 7), (7, 8))
+    assert {found.widths[n] for n in ("stem", "pointwise", "head")} == {(8, 8)}
 
 
-def test_the_range_stays_when_the_width_becomes_whole(learning):
-    model = with_widths(learning, [5.4] * 10)
-    quantizer = model.conv1.input_fake_quant
-    alpha = quantizer.alpha().detach().clone()
-    fix_widths(model)
-    assert quantizer.whole_bits == 6
-    assert torch.allclose(quantizer.alpha(), alpha, rtol=1e-5)
-    assert torch.allclose(quantizer.scale(), alpha / 63, rtol=1e-5)
-    assert not quantizer.noise
+def test_an_interval_of_a_rule_narrows_the_candidates(images):
+    rules = [Rule("conv1", (3, 5), (2, 4), "nipq"), Rule("*", 8, 8)]
+    model = fq.prepare(settle(TinyResidual(), images), rules, calibration=[images])
+    generous = fq.allocate(
+        model, Budget(mean_weight_bits=8), known(TENSORS), fixed="first|last|conv2|shortcut", tie_readers=False
+    )
+    assert generous.widths["conv1"] == (5, 4)
+    tight = fq.allocate(
+        model,
+        Budget(bops=1e9),
+        known(TENSORS),
+        weight_bits=(2, 3),
+        activation_bits=(4, 4),
+        fixed="first|last",
+        tie_readers=False,
+    )
+    assert tight.widths == {"stem": (8, 8), "head": (8, 8), "conv1": (3, 4), "conv2": (3, 4), "shortcut": (3, 4)}
+    with pytest.raises(
+        SpecError, match=r"layer 'conv1': no width is left of weight_bits=\(6, 8\).*the rule's \(\(3, 5\)"
+    ):
+        fq.allocate(model, Budget(bops=1e9), known(TENSORS), weight_bits=(6, 8))
+
+
+class Narrow(nn.Module):
+    """A chain whose middle tensor is small: the bottleneck at any width."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 2, 3, stride=2, padding=1)
+        self.c = nn.Conv2d(2, 16, 3, padding=1)
+        self.d = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        x = F.relu(self.d(F.relu(self.c(F.relu(self.b(x))))))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def test_capacity_raises_the_minimum_cut(images):
+    torch.manual_seed(0)
+    rules = [Rule("first|last", 8, 8), Rule("*", 3, 3)]
+    model = fq.prepare(Narrow().eval(), rules, calibration=[images])
+    budget = Budget(bops=uniform(model, "bops"))
+    found = fq.allocate(model, budget, "capacity")
+    # c reads 2 x 8 x 8 values, b writes them; everything else has at least four times as many.
+    assert found.widths["c"][1] > 3
+    assert found.widths["b"][0] > 3
+    fisher = fq.allocate(model, budget, "fisher")
+    assert found.predicted > 0
+    assert fisher.widths != found.widths
+
+
+def test_the_table_is_a_recipe_that_can_be_edited(model):
+    found = fq.allocate(model, Budget(bops=uniform(model, "bops")), known(TENSORS))
+    text = found.to_toml("pege")
+    assert text.startswith("# sensitivity fisher, ")
+    assert "bops" in text.splitlines()[0]
+    values = tomllib.loads(text)
+    base = {"name": "x", "model": {"name": "resnet18"}, "data": {"name": "digits"}, "train": {"epochs": 1}}
+    recipe = parse_recipe({**base, "quantization": {"estimator": "pege"}, **values}, "x")
+    assert recipe.built_rules() == found.rules
+    assert [row.get("estimator") for row in values["rules"]] == ["lsq", None, None, None, "lsq"]
+
+
+def test_rules_keep_their_options(images):
+    rules = [
+        Rule("head", None, None),
+        Rule("*", 4, 4, "ewgs", per_channel=False, init="minmax", options={"delta": 0.5}),
+    ]
+    model = fq.prepare(settle(TinyResidual(), images), rules, calibration=[images])
+    found = fq.allocate(
+        model, Budget(mean_weight_bits=3), known(TENSORS | {"stem.weight": 1, "stem.input": 1}), fixed=None
+    )
+    by_name = {rule.pattern: rule for rule in found.rules}
+    assert by_name["head"].keeps_float
+    assert (by_name["conv1"].per_channel, by_name["conv1"].init, by_name["conv1"].options) == (
+        False,
+        "minmax",
+        {"delta": 0.5},
+    )
+    values = tomllib.loads(found.to_toml())
+    base = {"name": "x", "model": {"name": "resnet18"}, "data": {"name": "digits"}, "train": {"epochs": 1}}
+    assert parse_recipe({**base, **values}, "x").built_rules() == found.rules
+
+
+def test_what_cannot_be_allocated_says_so(model, images):
+    with pytest.raises(SpecError, match=r"allocate was given a Budget without a bound; give one"):
+        fq.allocate(model, Budget(), "fisher")
+    with pytest.raises(SpecError, match=r"budget bops=1000 was asked for, but the lowest widths .* take \d"):
+        fq.allocate(model, Budget(bops=1000), "fisher")
+    with pytest.raises(UnknownNameError, match="unknown sensitivity 'fischer'"):
+        fq.allocate(model, Budget(mean_weight_bits=4), "fischer")
+    with pytest.raises(RuleError, match=r"rule 'convv' of the rule 'first|convv' matches no quantizable layer"):
+        fq.allocate(model, Budget(mean_weight_bits=4), "fisher", fixed="first|convv")
+    bare = fq.prepare(settle(TinyResidual(), images), [Rule("*", 4, 4)], example_inputs=images[:2])
+    with pytest.raises(SpecError, match=r"sensitivity 'fisher' is measured on images; give allocate batches"):
+        fq.allocate(bare, Budget(mean_weight_bits=4))

@@ -15,7 +15,8 @@ PACKAGE = Path(fxquant.__file__).parent
 ORDER = [
     "errors", "files", "schedule", "grid", "ranges", "_torch_ao", "estimators", "spec",
     "integer", "computed", "layers", "layers_torch_ao", "qconfig", "capture", "canonical", "trace", "cost", "prepare",
-    "budget", "capacity", "mincut", "allocate", "ties", "freeze", "convert", "controller", "loss", "lower", "verify",
+    "budget", "widths", "capacity", "mincut", "sensitivity", "integer_program", "allocate", "ties",
+    "freeze", "convert", "controller", "loss", "lower", "verify",
     "report", "models", "timm", "synthetic", "pixels", "data", "recipe", "checkpoint", "coverage",
     "train", "bench", "cli",
 ]  # fmt: skip
@@ -74,8 +75,8 @@ def test_importing_fxquant_is_light():
 def test_public_api():
     assert fxquant.__all__ == sorted(fxquant.__all__)
     assert set(fxquant.__all__) == {
-        "Budget", "Controller", "FxQuantError", "OnnxModel", "OpenVinoModel", "QATLoss", "Rule", "calibrate", "convert",
-        "export_onnx", "freeze",
+        "Budget", "Controller", "FxQuantError", "OnnxModel", "OpenVinoModel", "QATLoss", "Rule", "allocate",
+        "calibrate", "convert", "export_onnx", "freeze",
         "get_backend_config", "get_qat_qconfig",
         "get_qat_qconfig_mapping", "load", "lower", "param_groups", "prepare", "save", "verify",
     }  # fmt: skip

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import fx, nn
 
 from .. import checkpoint, cost
-from ..allocate import require_reachable
 from ..controller import Controller, param_groups
 from ..convert import convert
 from ..data import Data
@@ -27,6 +26,7 @@ from ..recipe import FloatSection, Recipe, TrainSection
 from ..report import layer_rows
 from ..schedule import cosine
 from ..verify import VerifyReport, verify
+from ..widths import require_reachable
 from .average import WeightAverage
 from .build import build_model, make_optimizer, model_and_data, prepared_without_data, statistics_images
 from .evaluate import accuracy, predictions
