@@ -4,6 +4,7 @@ The way through, in order:
 
 * ``Rule``, ``Budget`` - which layers get which widths and estimator; what the whole must keep to.
 * ``prepare``, ``calibrate`` - a float model to one that trains quantized.
+* ``analyze`` - capacity of every quantized tensor, and the minimum cut: where the network is narrowest.
 * ``allocate`` - whole widths for every layer, within a budget, that cost the model least.
 * ``param_groups``, ``QATLoss``, ``Controller`` - what your own training loop needs.
 * ``freeze`` - whole widths inside the budget, BatchNorm re-estimated, scales fixed.
@@ -17,6 +18,7 @@ The way through, in order:
 """
 
 from .allocate import allocate
+from .analyze import analyze
 from .controller import Controller, param_groups
 from .convert import convert
 from .errors import FxQuantError
@@ -41,6 +43,7 @@ __all__ = [
     "QATLoss",
     "Rule",
     "allocate",
+    "analyze",
     "calibrate",
     "convert",
     "export_onnx",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from . import cost
-from .budget import budget_bounds
+from .budget import BudgetBound, budget_bounds
 from .capacity import INPUT, WEIGHT
 from .errors import SpecError, UnknownNameError
 from .estimators import check_width
@@ -126,10 +126,8 @@ def allocate(
     info = prepared_info(model)
     if not budget:
         raise SpecError("allocate was given a Budget without a bound; give one, such as Budget(mean_weight_bits=4)")
-    options = _options(model, weight_bits, activation_bits, fixed)
-    bounds = budget_bounds(model, budget)
-    for bound in bounds:
-        bound.require({name: min(pairs) for name, pairs in options.items()})
+    options, bounds = _options(model, weight_bits, activation_bits, fixed), budget_bounds(model, budget)
+    _require(bounds, options)
     sides = {f"{name}.{kind}": (name, side) for name in options for side, kind in enumerate((WEIGHT, INPUT))}
     groups = [[_side(sides, tensor) for tensor in group] for group in tied]
     groups += _readers_of_one_tensor(model) if tie_readers else []
@@ -168,6 +166,23 @@ def allocate(
     spent = {bound.name: (bound.spent(solution.widths), bound.limit) for bound in bounds}
     elapsed = time.perf_counter() - began
     return Allocation(sensitivity.method, solution.widths, rules, spent, predicted, solution.gap, elapsed)
+
+
+def require_allocatable(
+    model: fx.GraphModule,
+    budget: Budget,
+    *,
+    weight_bits: tuple[int, int] = (2, 8),
+    activation_bits: tuple[int, int] = (2, 8),
+    fixed: str | None = "first|last",
+) -> None:
+    """Raises where :func:`allocate` would, whatever the sensitivities: before anything is measured or trained."""
+    _require(budget_bounds(model, budget), _options(model, weight_bits, activation_bits, fixed))
+
+
+def _require(bounds: list[BudgetBound], options: dict[str, list[tuple[int, int]]]) -> None:
+    for bound in bounds:
+        bound.require({name: min(pairs) for name, pairs in options.items()})
 
 
 def _options(

@@ -13,13 +13,14 @@ from .errors import CheckpointError, OutputFolderError
 from .files import write_whole
 from .recipe import Recipe, RecipeError, parse_recipe
 
-CHECKPOINT, PACKED_MODEL, FLOAT_MODEL, ONNX_MODEL, RESULT, RECIPE = (
+CHECKPOINT, PACKED_MODEL, FLOAT_MODEL, ONNX_MODEL, RESULT, RECIPE, RULES = (
     "checkpoint.pt",
     "model.fxq",
     "float.safetensors",
     "model.onnx",
     "result.json",
     "recipe.json",
+    "rules.toml",
 )
 
 _CHECKPOINT_FORMAT = "fxquant-checkpoint-1"

@@ -1,4 +1,4 @@
-"""The command line: fxquant ls | show | validate | run | lower | coverage | bench | compare."""
+"""The command line: fxquant ls | show | validate | run | analyze | lower | coverage | bench | report | compare."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from . import checkpoint, report
 from .errors import FxQuantError, ParityError
-from .files import write_json
+from .files import write_json, write_text
 from .lower import operators
 from .lower.onnx import TWO_BIT_FORMS
 from .recipe import Recipe, RecipeError, load_recipe
@@ -137,6 +137,68 @@ def run(
     out.print(_summary(resolved, outcome.report, outcome.result["float_accuracy"]))
     out.print(f"written to {folder}", markup=False, highlight=False)
     outcome.report.raise_on_failure()
+
+
+@app.command()
+def analyze(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="a recipe with float weights, or a run: its folder or checkpoint.pt"),
+    ],
+    overrides: Overrides = None,
+    sensitivity: Annotated[
+        str | None, typer.Option(help="allocate the recipe's budget by it: capacity, fisher or loss")
+    ] = None,
+    batches: Annotated[int, typer.Option(help="plain training batches to measure on")] = 4,
+    output: Annotated[Path | None, typer.Option(help="write the rules table (TOML) that a recipe can extend")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write what is printed as JSON")] = None,
+    check_cut: Annotated[
+        bool, typer.Option("--check-cut", help="compare a bit more in the cut with a bit more elsewhere; no training")
+    ] = False,
+    draws: Annotated[int, typer.Option(help="of --check-cut, sets of other layers")] = 10,
+    seed: Annotated[int, typer.Option(help="of --check-cut, for the draws")] = 0,
+) -> None:
+    """Measure what every quantized tensor carries and where the network is narrowest; allocate bits to a budget."""
+    from . import train
+    from .analyze import analyze as analyse
+    from .cut_check import check_cut as check
+
+    opened = train.open_source(source, overrides)
+    analysis = analyse(opened.model, max_batches=batches)
+    found = {"source": str(source), "recipe": opened.recipe.name, "capacity": analysis.to_dict()}
+    out.print(report.capacity_table(analysis))
+    for line in report.cut_lines(analysis):
+        out.print(line, markup=False, highlight=False)
+    if opened.recipe.allocation is not None or sensitivity is not None:
+        changed = {} if sensitivity is None else {"sensitivity": sensitivity}
+        allocation = train.allocate_for(opened.recipe, opened.model, batches=batches, **changed)
+        out.print(report.allocation_table(opened.model, allocation))
+        found["allocation"] = {"widths": allocation.widths, "spent": allocation.spent, "seconds": allocation.seconds}
+        if output is not None:
+            table = allocation.to_toml(opened.recipe.quantization.estimator)
+            write_text(output, table)
+            out.print(f"written to {output}", markup=False, highlight=False)
+    elif output is not None:
+        raise FxQuantError(
+            f"--output {output} is for the rules of an allocation; add --sensitivity fisher, or leave it out"
+        )
+    if check_cut:
+        checked = check(
+            opened.float_model,
+            opened.rules,
+            opened.data.plain(),
+            lambda model: train.accuracy_of(model, opened.data.test()),
+            backend=opened.recipe.quantization.backend,
+            draws=draws,
+            seed=seed,
+            max_batches=batches,
+            watch=lambda line: err.print(line, markup=False),
+        )
+        found["cut_check"] = checked.to_dict()
+        for line in report.cut_check_lines(checked):
+            out.print(line, markup=False, highlight=False)
+    if json_file is not None:
+        write_json(json_file, found)
 
 
 @app.command()
@@ -324,6 +386,30 @@ def bench_accuracy(
     out.print(accuracy.markdown(table), markup=False, highlight=False, soft_wrap=True)
     out.print(f"written to {', '.join(map(str, files))}", markup=False, highlight=False)
     accuracy.require_exact(table)
+
+
+@app.command("report")
+def report_command(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="folder of a finished run; others to compare it with")
+    ],
+    output: Annotated[Path | None, typer.Option(help="the page [default: report.html in the run]")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the same numbers as JSON")] = None,
+    text: Annotated[bool, typer.Option("--text", help="print the same numbers as tables")] = False,
+) -> None:
+    """Write one HTML page on a run: accuracy, bits, capacity and its cut, costs, parity. It needs no network."""
+    from . import html, run_report
+
+    run, *others = folders
+    data = run_report.collect(run, others)
+    if text:
+        for table in run_report.tables(data):
+            out.print(table)
+    if json_file is not None:
+        write_json(json_file, data)
+    page = output or run / "report.html"
+    write_text(page, html.page(data))
+    out.print(f"written to {page}", markup=False, highlight=False)
 
 
 @app.command()

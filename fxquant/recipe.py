@@ -13,9 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .data import CIFAR10, DATASETS, check_name
 from .errors import FxQuantError, SpecError, UnknownNameError, did_you_mean
+from .estimators import check_width
 from .grid import check_bits
 from .loss import DISTILLATIONS
 from .pixels import SIZE
+from .sensitivity import METHODS
 from .spec import Budget, Rule, check_options, get_backend
 
 
@@ -193,6 +195,31 @@ class BudgetSection(_Section):
     weight_bytes: float | None = Field(None, gt=0)
 
 
+class AllocationSection(_Section):
+    """``[allocation]``: widths chosen by :func:`fxquant.allocate` before training, in place of those of the rules."""
+
+    sensitivity: str = "fisher"
+    weight_bits: tuple[int, int] = Field((2, 8), description="lowest and highest candidate")
+    activation_bits: tuple[int, int] = (2, 8)
+    fixed: str | None = Field("first|last", description="layers that keep the widths of their rule, as a pattern")
+    tied: list[list[str]] = Field(default_factory=list, description="<layer>.weight and <layer>.input of equal width")
+    tie_readers: bool = Field(True, description="whether layers that read one tensor get the same input width")
+    batches: int = Field(4, gt=0, description="plain training batches to measure on")
+    seconds: float = Field(10.0, gt=0, description="for the solver")
+
+    @field_validator("sensitivity")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in METHODS:
+            raise UnknownNameError("sensitivity", name, METHODS)
+        return name
+
+    @field_validator("weight_bits", "activation_bits")
+    @classmethod
+    def _in_order(cls, bits: tuple[int, int]) -> tuple[int, int]:
+        return bits if bits[0] == bits[1] else check_width(bits)
+
+
 class Recipe(_Section):
     """A whole run, resolved and checked. See the sections' classes for the keys."""
 
@@ -204,6 +231,7 @@ class Recipe(_Section):
     quantization: QuantizationSection = Field(default_factory=QuantizationSection)
     rules: list[RuleSection] = Field(default_factory=list)
     budget: BudgetSection = Field(default_factory=BudgetSection)
+    allocation: AllocationSection | None = None
     train: TrainSection | None = Field(None, description="left out, with the rules, where training is in float alone")
 
     @model_validator(mode="after")
@@ -214,6 +242,10 @@ class Recipe(_Section):
             raise SpecError(f"{given} without {missing}: a quantized training takes both, one in float alone neither")
         if self.train is None and not self.float_training.epochs:
             raise SpecError("nothing to do: give [train] and [[rules]], or float.epochs for a training in float alone")
+        if self.allocation is not None and self.train is None:
+            raise SpecError("[allocation] without [train]: it chooses widths for a quantized training")
+        if self.allocation is not None and not self.built_budget():
+            raise SpecError("[allocation] keeps to a budget; say which in [budget], such as mean_weight_bits = 4")
         sections = {"float": self.float_training, "train": self.train}
         for name, section in sections.items():
             if section is not None and section.select == "best" and not self.data.validation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,9 @@ from rich.table import Table
 from torch import fx
 
 from . import cost
+from .allocate import Allocation
+from .analyze import Analysis
+from .cut_check import CutCheck
 from .lower import LoweredLayer
 from .prepare import prepared_info
 from .widths import layer_widths
@@ -91,6 +95,67 @@ def lowering_summary(layers: list[LoweredLayer], backend: str) -> str:
     lines = [f"{backend}: {len(layers) - len(stayed)} of {len(layers)} operators on integer kernels ({named})"]
     lines += [f"  {layer.name} stays on the reference: {layer.reason}" for layer in stayed]
     return "\n".join(lines)
+
+
+def capacity_table(analysis: Analysis) -> Table:
+    """What each quantized tensor carries; those in the bottleneck and in the minimum cut are marked."""
+    table = Table(title="Capacity, in bits per image", title_justify="left")
+    for heading in ("tensor", "bits", "elements", "SNR dB", "clipped %", "bits/element", "capacity", "cut"):
+        table.add_column(heading, justify="left" if heading in ("tensor", "cut") else "right", overflow="fold")
+    marks = {tensor: f"#{rank}" for rank, cut in enumerate(analysis.cuts, 1) for tensor in cut.tensors}
+    for name, tensor in analysis.capacities.items():
+        ratio = 10 * math.log10(tensor.signal / tensor.noise) if tensor.noise > 0 < tensor.signal else math.inf
+        table.add_row(
+            name,
+            _bits(tensor.bits),
+            f"{tensor.elements:,}",
+            f"{ratio:.1f}",
+            f"{100 * tensor.clipping / tensor.noise:.0f}" if tensor.noise else "0",
+            f"{tensor.bits_per_element:.2f}",
+            f"{tensor.total:,.0f}",
+            marks.get(name, ""),
+        )
+    return table
+
+
+def cut_lines(analysis: Analysis) -> list[str]:
+    """The cuts in words, from the output to the image."""
+    named = [", ".join(cut.tensors) for cut in analysis.cuts]
+    lines = [f"cut #{i}: {cut.bits:,.0f} bits, {named[i - 1]}" for i, cut in enumerate(analysis.cuts, 1)]
+    if analysis.bottleneck is None:
+        lines.append("no cut with a tensor below 8 bits is smaller than what reaches it: the low widths limit nothing")
+    else:
+        lines.append(f"bottleneck: {', '.join(analysis.bottleneck.tensors)}")
+    named = ", ".join(analysis.layer_cut.tensors)
+    return [*lines, f"smallest cut of what lies between 8-bit layers: {analysis.layer_cut.bits:,.0f} bits, {named}"]
+
+
+def cut_check_lines(check: CutCheck) -> list[str]:
+    """What raising the cut did, beside raising others."""
+    found = check.to_dict()
+    mean, deviation = found["others_mean"], found["others_deviation"]
+    lines = [
+        f"accuracy on {check.images} images as it is {check.before:.2f} %; a bit more in the cut "
+        f"({', '.join(check.cut)}) {check.after:.2f} %, in as many others {mean:.2f} ± {deviation:.2f} % "
+        f"({len(check.others)} draws, {found['others_below_cut']} below the cut); {check.advantage:+.2f} points"
+    ]
+    for method, row in check.correlation.items():
+        figures = ", ".join(f"{value:+.2f} at {bits} bits" for bits, value in row.items())
+        lines.append(f"rank correlation of {method} with the measured divergence: {figures}")
+    return lines
+
+
+def allocation_table(model: fx.GraphModule, allocation: Allocation) -> Table:
+    """The widths of an allocation beside those that the model was prepared with."""
+    table = Table(title="; ".join(allocation.summary()), title_justify="left")
+    for heading in ("layer", "W bits", "A bits", "before", "weights", "inputs", "MACs"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right", overflow="fold")
+    layers, costs = cost.qat_layers(model), prepared_info(model).costs
+    for name, (weight, activation) in allocation.widths.items():
+        before = "/".join(_bits(bits) for bits in layer_widths(layers[name]))
+        sizes = (f"{size:,}" for size in (costs[name].weights, costs[name].inputs, costs[name].macs))
+        table.add_row(name, str(weight), str(activation), before, *sizes)
+    return table
 
 
 def comparison_table(results: list[dict]) -> Table:

@@ -15,10 +15,10 @@ PACKAGE = Path(fxquant.__file__).parent
 ORDER = [
     "errors", "files", "schedule", "grid", "ranges", "_torch_ao", "estimators", "spec",
     "integer", "computed", "layers", "layers_torch_ao", "qconfig", "capture", "canonical", "trace", "cost", "prepare",
-    "budget", "widths", "capacity", "mincut", "sensitivity", "integer_program", "allocate", "ties",
-    "freeze", "convert", "controller", "loss", "lower", "verify",
-    "report", "models", "timm", "synthetic", "pixels", "data", "recipe", "checkpoint", "coverage",
-    "train", "bench", "cli",
+    "budget", "widths", "capacity", "mincut", "sensitivity", "integer_program", "allocate", "analyze", "dynamics",
+    "ties", "freeze", "cut_check", "convert", "controller", "loss", "lower", "verify",
+    "report", "svg", "models", "timm", "synthetic", "pixels", "data", "recipe", "checkpoint", "run_report", "html",
+    "coverage", "train", "bench", "cli",
 ]  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def test_importing_fxquant_is_light():
 def test_public_api():
     assert fxquant.__all__ == sorted(fxquant.__all__)
     assert set(fxquant.__all__) == {
-        "Budget", "Controller", "FxQuantError", "OnnxModel", "OpenVinoModel", "QATLoss", "Rule", "allocate",
+        "Budget", "Controller", "FxQuantError", "OnnxModel", "OpenVinoModel", "QATLoss", "Rule", "allocate", "analyze",
         "calibrate", "convert", "export_onnx", "freeze",
         "get_backend_config", "get_qat_qconfig",
         "get_qat_qconfig_mapping", "load", "lower", "param_groups", "prepare", "save", "verify",

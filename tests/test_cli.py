@@ -38,6 +38,7 @@ def test_run_leaves_its_files_and_prints_the_tables(short_run):
         "checkpoint.pt",
         "model.fxq",
         "result.json",
+        "capacity.json",
     }
     for words in ("Prepared: which rule each layer got", "layer1.0.conv1", "W bits", "bit-exact", "lowered, x86"):
         assert words in done.stdout

@@ -13,7 +13,8 @@ ALL = sorted(RECIPES.glob("*.toml"))
 def test_shipped_recipes_are_valid(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
-    assert not recipe.quantizes or recipe.quantization.estimator in path.stem
+    if recipe.quantizes:
+        assert (recipe.allocation.sensitivity if recipe.allocation else recipe.quantization.estimator) in path.stem
 
 
 def test_the_recipes_of_the_front_page_are_there():
@@ -90,6 +91,39 @@ def test_rows_of_resnet20_differ_in_width_and_estimator_alone():
         ours, theirs = recipe.train.model_dump(), first.train.model_dump()
         differing = {key for key in ours if ours[key] != theirs[key]}
         assert differing <= allowed.get(recipe.quantization.estimator, set()), path.stem
+
+
+@pytest.mark.parametrize("how", ["capacity", "fisher", "nipq", "gdnsq"])
+@pytest.mark.parametrize(("bits", "bops"), [(2, 188_784_640), (3, 389_324_800), (4, 670_081_024)])
+def test_mixed_recipes_of_resnet20(how, bits, bops):
+    """Within what uniform widths spend: 443,008 MACs of the first and last layer at 8 by 8 bits, 40,108,032 between."""
+    recipe = load_recipe(RECIPES / f"resnet20_cifar10_mixed{bits}_{how}.toml")
+    assert recipe.budget.bops == bops == 443_008 * 64 + 40_108_032 * bits**2
+    rules, lowest = recipe.built_rules(), 1 if bits == 2 else 2
+    assert (rules[0].pattern, rules[0].weight_bits) == ("first|last", 8)
+    if how in ("nipq", "gdnsq"):
+        assert recipe.allocation is None
+        assert rules[-1].weight_bits == rules[-1].activation_bits == (lowest, 8)
+    else:
+        assert (recipe.allocation.sensitivity, recipe.allocation.fixed) == (how, "first|last")
+        assert recipe.allocation.weight_bits == recipe.allocation.activation_bits == (lowest, 8)
+
+
+def test_an_allocation_says_what_it_needs(tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_text(
+        f'extends = "{RECIPES / "digits_w4a4_lsq.toml"}"\n[allocation]\nsensitivity = "fischer"\nfixd = "a"\n'
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert "unknown sensitivity 'fischer': did you mean 'fisher'" in str(caught.value)
+    assert "unknown key 'allocation.fixd': did you mean 'fixed'" in str(caught.value)
+    path.write_text(f'extends = "{RECIPES / "digits_w4a4_lsq.toml"}"\n[allocation]\nsensitivity = "fisher"\n')
+    with pytest.raises(RecipeError, match=r"\[allocation\] keeps to a budget; say which in \[budget\]"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match="the lowest width must be below the highest"):
+        load_recipe(path, ["budget.bops=1e6", "allocation.weight_bits=[4, 2]"])
+    assert load_recipe(path, ["budget.bops=1e6", "allocation.weight_bits=[4, 4]"]).allocation.weight_bits == (4, 4)
 
 
 def test_weights_are_named_once(tmp_path):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import fx, nn
 
-from ..data import Data, open_data
+from ..data import Data, Loader, open_data
 from ..errors import FxQuantError, UnknownNameError
 from ..prepare import prepare
 from ..recipe import Recipe
+from ..spec import Rule
 
 
 def build_model(recipe: Recipe) -> nn.Module:
@@ -84,11 +85,22 @@ def model_and_data(recipe: Recipe) -> tuple[nn.Module, Data]:
     return model, open_data(**recipe.data.model_dump(), config=timm.resolve_model_data_config(model))
 
 
-def prepared_without_data(recipe: Recipe, model: nn.Module, data: Data) -> fx.GraphModule:
-    """A recipe's prepared model with the right structure and no ranges yet, to load a file into."""
+def prepared_with(recipe: Recipe, model: nn.Module, rules: Sequence[Rule], calibration: Loader) -> fx.GraphModule:
+    """A recipe's model prepared with these rules, and ranges from ``calibration``."""
     return prepare(
         model,
-        recipe.built_rules(),
+        rules,
+        calibration=calibration,
+        backend=recipe.quantization.backend,
+        residual_bits=recipe.quantization.residual_bits,
+    )
+
+
+def prepared_without_data(recipe: Recipe, model: nn.Module, rules: Sequence[Rule], data: Data) -> fx.GraphModule:
+    """A recipe's model prepared with these rules: the right structure and no ranges yet, to load a file into."""
+    return prepare(
+        model,
+        rules,
         example_inputs=(data.example,),
         backend=recipe.quantization.backend,
         residual_bits=recipe.quantization.residual_bits,

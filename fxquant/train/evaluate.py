@@ -16,6 +16,12 @@ def predictions(model: nn.Module, batches: Loader) -> tuple[Tensor, Tensor]:
     return tuple(torch.cat(part) for part in zip(*pairs, strict=True))
 
 
+def accuracy_of(model: nn.Module, batches: Loader) -> tuple[float, int]:
+    """Per cent of images that a model classifies rightly, and the number of images."""
+    predicted, labels = predictions(model, batches)
+    return accuracy(predicted, labels), len(labels)
+
+
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
     """Per cent of images whose argmax is their label."""
     return 100 * float((predicted == labels).double().mean())

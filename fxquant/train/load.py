@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from .. import checkpoint
 from ..convert import convert, load_tensors
@@ -14,6 +15,7 @@ from ..errors import CheckpointError
 from ..freeze import freeze
 from ..lower import packed
 from ..recipe import Recipe
+from .allocation import rules_of
 from .build import model_and_data, prepared_without_data, statistics_images
 
 
@@ -49,10 +51,7 @@ def load_run(path: Path) -> LoadedRun:
 
 
 def _from_checkpoint(path: Path) -> LoadedRun:
-    content = checkpoint.load_checkpoint(path)
-    recipe = checkpoint.stored_recipe(content["recipe"], path)
-    if not recipe.quantizes:
-        raise CheckpointError(f"the run of {path} trained in float alone; there are no integers in it")
+    content, recipe = read_quantized(path)
     done = content["epochs_done"] if content["stage"] == "quantized" else 0
     if done < recipe.train.epochs:
         raise CheckpointError(
@@ -60,14 +59,34 @@ def _from_checkpoint(path: Path) -> LoadedRun:
             "fxquant run ... --resume"
         )
     float_model, data = model_and_data(recipe)
-    model = prepared_without_data(recipe, float_model, data)
-    load_tensors(
-        model,
-        content["keeper"]["kept"] or content["model"],
-        f"{path} does not fit the model of its own recipe ({recipe.model.name})",
-    )
+    model = restored(path, content, recipe, float_model, data)
     freeze(model, recipe.built_budget(), calibration=statistics_images(recipe, data))
     return _loaded(recipe, convert(model), data)
+
+
+def read_quantized(path: Path) -> tuple[dict[str, Any], Recipe]:
+    """The checkpoint of a run that trains quantized, and its recipe.
+
+    Raises:
+        CheckpointError: where it cannot be read, or the run trained in float alone.
+    """
+    content = checkpoint.load_checkpoint(path)
+    recipe = checkpoint.stored_recipe(content["recipe"], path)
+    if not recipe.quantizes:
+        raise CheckpointError(f"the run of {path} trained in float alone; there are no integers in it")
+    return content, recipe
+
+
+def restored(path: Path, content: dict[str, Any], recipe: Recipe, float_model: nn.Module, data: Data) -> fx.GraphModule:
+    """The prepared model of a checkpoint, with the rules it was trained with and the weights that ship.
+
+    Raises:
+        CheckpointError: where the checkpoint does not fit the model of its recipe.
+    """
+    model = prepared_without_data(recipe, float_model, rules_of(recipe, content), data)
+    kept = content["keeper"]["kept"] or content["model"]
+    load_tensors(model, kept, f"{path} does not fit the model of its own recipe ({recipe.model.name})")
+    return model
 
 
 def _loaded(recipe: Recipe, reference: fx.GraphModule, data: Data) -> LoadedRun:

@@ -67,6 +67,7 @@ class Stage:
         objective: loss of a batch.
         autocast: floating type that ``objective`` computes in where it may; quantizers and losses stay in float32.
         after_step: called after every optimizer step.
+        after_epoch: called after every epoch with its number, from 1, before the checkpoint is written.
         keeper: which of the weights ship; at the end the model has them.
         kept: what the checkpoint keeps beside these, by name.
         history: of the epochs; it is kept as well.
@@ -83,6 +84,7 @@ class Stage:
     keeper: Keeper
     autocast: torch.dtype = torch.float32
     after_step: Callable[[], None] = lambda: None
+    after_epoch: Callable[[int], None] = lambda epoch: None
     kept: dict[str, Stateful] = field(default_factory=dict)
     history: History = field(default_factory=History)
 
@@ -130,6 +132,7 @@ class Loop:
                 self.progress.step(shown)
             shown |= stage.keeper.after_epoch(epoch + 1)
             stage.history.epochs.append({"epoch": epoch + 1, **shown})
+            stage.after_epoch(epoch + 1)
             saved = {name: part.state_dict() for name, part in parts.items()}
             saved |= {"stage": stage.name, "epochs_done": epoch + 1, "random": _random_state()}
             saved["seconds"] = time.perf_counter() - self.started

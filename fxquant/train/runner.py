@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,22 +14,25 @@ from safetensors.torch import save_file
 from torch import fx, nn
 
 from .. import checkpoint, cost
+from ..allocate import require_allocatable
+from ..analyze import analyze
 from ..controller import Controller, param_groups
 from ..convert import convert
 from ..data import Data
+from ..dynamics import CapacityRecorder
 from ..errors import FxQuantError
-from ..files import write_json, write_whole
+from ..files import write_json, write_text, write_whole
 from ..freeze import freeze, settle
 from ..loss import QATLoss
-from ..lower import onnx, packed, require_backend
-from ..prepare import prepare
+from ..lower import LoweredLayer, onnx, operators, packed, require_backend
 from ..recipe import FloatSection, Recipe, TrainSection
 from ..report import layer_rows
 from ..schedule import cosine
 from ..verify import VerifyReport, verify
 from ..widths import require_reachable
+from .allocation import ChosenRules, allocate_for, rules_of
 from .average import WeightAverage
-from .build import build_model, make_optimizer, model_and_data, prepared_without_data, statistics_images
+from .build import build_model, make_optimizer, model_and_data, prepared_with, prepared_without_data, statistics_images
 from .evaluate import accuracy, predictions
 from .keeper import Keeper
 from .loop import History, Loop, Stage, learning_rate, seed_everything
@@ -98,15 +102,15 @@ class _Run:
         # The quantized training starts from its own seed, so that a resumed run and a whole one agree.
         seed_everything(recipe.seed)
         plain = self.data.plain()  # for calibration and the check of kernels alike
-        model = prepare(
-            self.float_model,
-            recipe.built_rules(),
-            calibration=plain,
-            backend=recipe.quantization.backend,
-            residual_bits=recipe.quantization.residual_bits,
-        )
+        rules = ChosenRules(rules_of(recipe, state))
+        model = prepared_with(recipe, self.float_model, rules.rules, plain)
+        if recipe.allocation is not None and state is None:
+            allocation = allocate_for(recipe, model)
+            write_text(self.output / checkpoint.RULES, allocation.to_toml(recipe.quantization.estimator))
+            rules = ChosenRules(allocation.rules)
+            model = prepared_with(recipe, self.float_model, rules.rules, plain)
         self.progress.prepared(model)
-        history = self._train_quantized(model, state)
+        history = self._train_quantized(model, rules, state)
         budget = recipe.built_budget()
         settle(model, budget, calibration=statistics_images(recipe, self.data))
         model.cpu()  # integer kernels and the exactness of sums are a matter of the CPU
@@ -116,7 +120,8 @@ class _Run:
         packed.save(reference, self.output / checkpoint.PACKED_MODEL, notes={"recipe": recipe.to_json()})
         lowered = {b: lower_to(reference, b, self.output / checkpoint.ONNX_MODEL) for b in recipe.quantization.lower}
         report = verify(model, reference, self.data.test(), lowered=lowered)
-        result = self._result(model, report, float_accuracy, history)
+        became = {backend: operators(target) for backend, target in lowered.items()}
+        result = self._result(model, report, float_accuracy, history, became)
         result["simulated"] = {
             "accuracy": accuracy(simulated, labels),
             "argmax_agreement": accuracy(simulated, predictions(model, self.data.test())[0]),
@@ -139,8 +144,8 @@ class _Run:
         float_model, data = model_and_data(self.recipe)
         make_optimizer(param_groups(float_model, 1e-3), self.recipe.float_training.optimizer)
         if self.recipe.quantizes:
-            model = prepared_without_data(self.recipe, float_model, data)
-            require_reachable(model, self.recipe.built_budget())
+            model = prepared_without_data(self.recipe, float_model, self.recipe.built_rules(), data)
+            self._require_budget(model)
             make_optimizer(param_groups(model, 1e-3), self.recipe.train.optimizer)
         for backend in self.recipe.quantization.lower if self.recipe.quantizes else ():
             require_backend(backend)
@@ -152,6 +157,14 @@ class _Run:
                 f"labels would not mean what they mean to the model; set model.options.num_classes = {data.classes}"
             )
         return data
+
+    def _require_budget(self, model: fx.GraphModule) -> None:
+        budget, section = self.recipe.built_budget(), self.recipe.allocation
+        if section is None:
+            require_reachable(model, budget)
+        else:
+            asked = section.model_dump(include={"weight_bits", "activation_bits", "fixed"})
+            require_allocatable(model, budget, **asked)
 
     # ---- stages ------------------------------------------------------------------------------------------
 
@@ -181,7 +194,7 @@ class _Run:
         )
         self._loop().train(stage, state)
 
-    def _train_quantized(self, model: fx.GraphModule, state: dict | None) -> History:
+    def _train_quantized(self, model: fx.GraphModule, rules: ChosenRules, state: dict | None) -> History:
         recipe, section = self.recipe, self.recipe.train
         loader = self.data.train(recipe.seed)
         total = section.epochs * len(loader)
@@ -223,6 +236,12 @@ class _Run:
             controller.step()
             keeper.after_step(restart=controller.width_changes != changes)
 
+        kept = {"float_model": self.float_model, "criterion": criterion, "controller": controller}
+        if recipe.allocation is not None:
+            kept["rules"] = rules
+        record = CapacityRecorder(model, self.data.plain(), self.output, resumed=state is not None)
+        if state is None:
+            record(0)
         stage = Stage(
             "quantized",
             model,
@@ -235,7 +254,8 @@ class _Run:
             keeper,
             getattr(torch, section.autocast),
             after_step,
-            {"float_model": self.float_model, "criterion": criterion, "controller": controller},
+            record,
+            kept,
         )
         self._loop().train(stage, state)
         return stage.history
@@ -252,7 +272,12 @@ class _Run:
     # ---- result ------------------------------------------------------------------------------------------
 
     def _result(
-        self, model: fx.GraphModule, report: VerifyReport, float_accuracy: float, history: History
+        self,
+        model: fx.GraphModule,
+        report: VerifyReport,
+        float_accuracy: float,
+        history: History,
+        became: dict[str, list[LoweredLayer]],
     ) -> dict[str, Any]:
         layers, costs = cost.qat_layers(model), model.meta["fxquant"].costs
         return self._header() | {
@@ -268,6 +293,7 @@ class _Run:
                     "logits_equal": parity.logits_equal,
                     "max_code_difference": parity.max_code_difference,
                     "worst_layer": parity.worst_layer,
+                    "operators": [dataclasses.asdict(operator) for operator in became[backend]],
                 }
                 for backend, parity in report.lowered.items()
             },
@@ -280,6 +306,7 @@ class _Run:
             },
             "parity": {"reference_equals_fake_quant": report.reference_equals_fake_quant},
             "layers": layer_rows(model),
+            "capacity": analyze(model, self.data.plain(), max_batches=2).to_dict(),
             "history": history.epochs,
         }
 

@@ -1,0 +1,214 @@
+"""One page on a run, in one file: no script, no font and no picture is fetched from anywhere."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from . import svg
+from .run_report import cut_of
+
+_STYLE = """
+:root { --ink: #1c2430; --soft: #667085; --line: #e3e7ee; --paper: #fff; --ground: #f5f7fa; --mark: #d9480f; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 20px 16px 48px; }
+h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.05rem; margin: 0 0 4px; }
+p { margin: 2px 0 8px; color: var(--soft); }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 10px; margin: 16px 0; }
+.card, section { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
+.card b { display: block; font-size: 1.3rem; }
+.card span { color: var(--soft); font-size: .85rem; }
+.grid2 { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 12px;
+  align-items: start; }
+section { margin-top: 12px; min-width: 0; }
+.grid2 section { margin-top: 0; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 3px 8px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+tr.mark td { color: var(--mark); font-weight: 600; }
+.bad { color: #c92a2a; }
+svg { width: 100%; height: auto; display: block; }
+svg .t { font: 12px system-ui, sans-serif; fill: var(--ink); }
+svg .s { font-size: 11px; fill: var(--soft); }
+svg .t.mark { fill: var(--mark); font-weight: 600; }
+svg .mark { fill: var(--mark); }
+svg .grid { stroke: var(--line); }
+svg polyline { fill: none; stroke-width: 2.2; }
+svg polyline.thin { stroke: #c3cad5; stroke-width: 1; }
+"""
+_COLOURS = ("#2f6fde", "#12a594", "#8e4ec6", "#f2a20c", "#5b6b7f", "#d6409f", "#3d9a50", "#b08968")
+_CLASSES = "\n".join(
+    f"svg .c{i} {{ fill: {c}; }} svg polyline.l{i}, svg .s{i} {{ stroke: {c}; }}" for i, c in enumerate(_COLOURS)
+)
+
+
+def page(data: dict[str, Any]) -> str:
+    """The numbers of :func:`fxquant.run_report.collect` as a page of HTML."""
+    title = escape(f"{data['recipe']}, seed {data['seed']}")
+    body = "".join(
+        (
+            _head(data),
+            '<div class="grid2">',
+            _section("Accuracy", f"Per cent of {data['images']:,} held-out images.", _accuracy(data)),
+            _section("Cost", "Share of bit operations, layer by layer.", _cost(data)),
+            "</div>",
+            '<div class="grid2" style="margin-top:12px">',
+            _section("Bits per layer", "Weights, and the tensor that enters.", _widths(data)),
+            _section("Capacity along the network", _cut_words(data["capacity"]), _capacity(data)),
+            "</div>",
+            _dynamics(data["dynamics"]),
+            _section("Accuracy against bit operations", "Converted models; this run is marked.", _runs(data)),
+            _section("Layers", "", _layers(data)),
+            _section("Parity", "Each kernel against the converted model, on its check batch.", _parity(data)),
+        )
+    )
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{_STYLE}{_CLASSES}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _head(data: dict[str, Any]) -> str:
+    float_bytes, packed = data["weights_bytes"]["float"], data["weights_bytes"]["ideal"]
+    network = data["capacity"]["bits"]
+    cards = [
+        (f"{data['accuracy']['converted']:.2f} %", f"converted; float {data['accuracy']['float']:.2f} %"),
+        (f"{data['mean_weight_bits']:.2f} / {data['mean_activation_bits']:.2f}", "mean bits, weights / activations"),
+        (f"{data['bops'] / 1e6:,.1f} M", "bit operations per image"),
+        (f"{packed / 1024:,.1f} KiB", f"packed; float {float_bytes / 1024:,.1f} KiB"),
+        ("unlimited" if network is None else f"{network:,.0f}", "bits per image through the minimum cut"),
+        ("yes" if data["exact"] else "NO", "converted equals trained, bit for bit"),
+    ]
+    shown = "".join(
+        f'<div class="card"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in cards
+    )
+    about = f"{data['model']}, {data['estimator']}, seed {data['seed']}, {data['seconds']:,.0f} s"
+    return f'<h1>{escape(data["recipe"])}</h1><p>{escape(about)}</p><div class="cards">{shown}</div>'
+
+
+def _section(title: str, words: str, content: str) -> str:
+    note = f"<p>{escape(words)}</p>" if words else ""
+    return f"<section><h2>{escape(title)}</h2>{note}{content}</section>"
+
+
+def _accuracy(data: dict[str, Any]) -> str:
+    return svg.bars([(name, (value,)) for name, value in data["accuracy"].items()], ("accuracy",), unit=" %")
+
+
+def _cost(data: dict[str, Any]) -> str:
+    return svg.ring({row["layer"]: row["bops"] for row in data["layers"] if row["bops"]}, " bit operations")
+
+
+def _widths(data: dict[str, Any]) -> str:
+    rows = [(r["layer"], (r["weight_bits"], r["activation_bits"])) for r in data["layers"] if r["bops"] is not None]
+    return svg.bars(rows, ("weights", "activations"))
+
+
+def _cut_words(capacity: dict[str, Any]) -> str:
+    cut, between = capacity["cuts"][0], capacity["layer_cut"]
+    words = f"Bits per image, logarithmic. Minimum cut: {', '.join(cut['tensors']) or 'none'}"
+    return f"{words}; smallest between 8-bit layers: {', '.join(between['tensors']) or 'none'}."
+
+
+def _capacity(data: dict[str, Any]) -> str:
+    rows = [(row["name"], (row["total"],)) for row in data["capacity"]["tensors"]]
+    return svg.bars(rows, ("capacity",), marked=cut_of(data["capacity"]), logarithmic=True)
+
+
+def _dynamics(entries: list[dict[str, Any]]) -> str:
+    if len(entries) < 2:
+        return ""
+    cuts = {
+        "minimum cut": [(e["epoch"], e["bits"]) for e in entries if e["bits"] is not None],
+        "cut between 8-bit layers": [
+            (e["epoch"], e["layer_cut"]["bits"]) for e in entries if e["layer_cut"]["bits"] is not None
+        ],
+    }
+    tensors = {
+        name: [(e["epoch"], e["tensors"][name]["total"]) for e in entries if name in e["tensors"]]
+        for name in entries[-1]["tensors"]
+    }
+    widths: dict[str, list[tuple[float, float]]] = {
+        name: [(e["epoch"], e["tensors"][name]["bits"]) for e in entries if name in e["tensors"]]
+        for name in entries[-1]["tensors"]
+        if name.endswith((".weight", ".input"))
+    }
+    mean = [(e["epoch"], sum(e["tensors"][n]["bits"] for n in widths) / len(widths)) for e in entries]
+    shown = {name: points for name, points in cuts.items() if points}
+    return (
+        '<div class="grid2" style="margin-top:12px">'
+        + _section(
+            "Capacity while training",
+            "Bits per image, logarithmic: each tensor, and the cuts.",
+            svg.lines(tensors | shown, across="epoch", up="bits per image", bold=tuple(shown), logarithmic=True),
+        )
+        + _section(
+            "Widths while training",
+            "Bits of each layer's weights and input, and their mean.",
+            svg.lines(widths | {"mean": mean}, across="epoch", up="bits", bold=("mean",)),
+        )
+        + "</div>"
+    )
+
+
+def _runs(data: dict[str, Any]) -> str:
+    named: dict[str, tuple[float, float]] = {}
+    for run in data["runs"]:
+        name = run["recipe"] if run["recipe"] not in named else f"{run['recipe']}, seed {run['seed']}, {run['run']}"
+        named[name] = (run["bops"] / 1e6, run["reference_accuracy"])
+    dots = svg.points(
+        named, across="bit operations per image, millions", up="accuracy, %", marked=data["runs"][0]["recipe"]
+    )
+    rows = [
+        [name, f"{run['reference_accuracy']:.2f}", f"{run['bops'] / 1e6:,.1f} M", f"{run['weights_bytes']:,}"]
+        for name, run in zip(named, data["runs"], strict=True)
+    ]
+    return dots + _table(("run", "converted %", "BOPs", "bytes"), rows)
+
+
+def _layers(data: dict[str, Any]) -> str:
+    marked = {tensor.rsplit(".", 1)[0] for tensor in cut_of(data["capacity"])}
+    headings = ("layer", "kind", "estimator", "input grid", "W bits", "A bits", "weights", "MACs", "BOPs")
+    rows = [
+        [
+            row["layer"],
+            row["kind"],
+            row.get("estimator", "-"),
+            row.get("input_grid", "-"),
+            *(_figure(row.get(key)) for key in ("weight_bits", "activation_bits", "weights", "macs", "bops")),
+        ]
+        for row in data["layers"]
+    ]
+    return _table(headings, rows, marked)
+
+
+def _parity(data: dict[str, Any]) -> str:
+    if not data["parity"]:
+        return "<p>Lowered to no backend.</p>"
+    parts = []
+    for backend, found in data["parity"].items():
+        words = f"argmax as the converted model on {found['argmax_agreement']:.2f} % of images"
+        parts.append(f"<p><b>{escape(backend)}</b>: {escape(words)}</p>")
+        rows = [
+            [o["name"], o["kernel"], str(o["max_code_difference"]), f"{o['share_different']:.4%}"]
+            for o in found.get("operators", [])
+        ]
+        parts.append(_table(("operator", "kernel", "max codes off", "share of codes"), rows) if rows else "")
+    return "".join(parts)
+
+
+def _table(headings: tuple[str, ...], rows: list[list[str]], marked: set[str] | frozenset[str] = frozenset()) -> str:
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    body = "".join(
+        f"<tr{' class=mark' if row[0] in marked else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        for row in rows
+    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.4g}" if value < 100 else f"{value:,.0f}"

@@ -1,0 +1,157 @@
+"""The page of a run: well-formed, self-contained, and the same numbers as the text and the JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from fxquant import html, svg
+from fxquant.cli import app
+from fxquant.dynamics import CapacityRecorder, read_dynamics
+from fxquant.errors import CheckpointError
+from fxquant.run_report import collect
+
+NUMBERS = st.floats(0, 1e12, allow_nan=False)
+NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=20)
+
+
+def shapes(text: str, kind: str) -> list[ET.Element]:
+    return list(ET.fromstring(text).iter(f"{{http://www.w3.org/2000/svg}}{kind}"))
+
+
+@given(st.dictionaries(NAMES, st.tuples(NUMBERS, NUMBERS), max_size=12), st.booleans())
+def test_charts_of_any_numbers_are_well_formed_and_finite(figures, logarithmic):
+    rows = list(figures.items())
+    for text in (
+        svg.bars(rows, ("a", "b"), marked=dict.fromkeys(list(figures)[:2], "why"), logarithmic=logarithmic),
+        svg.points(figures, across="<x>", up="&y"),
+        svg.ring({name: a for name, (a, _) in rows}),
+        svg.lines({name: [(0, a), (1, b)] for name, (a, b) in rows}, across="x", up="y", logarithmic=logarithmic),
+    ):
+        root = ET.fromstring(text)
+        for element in root.iter():
+            for key in ("x", "y", "cx", "cy", "width", "height"):
+                assert math.isfinite(float(element.get(key, 0)))
+        assert "nan" not in text.replace("nano", "") or any("nan" in name for name in figures)
+
+
+def test_bars_are_as_long_as_their_values():
+    text = svg.bars([("a", (1.0,)), ("b", (4.0,))], ("v",), marked={"b": "why"})
+    first, second = shapes(text, "rect")
+    assert float(second.get("width")) == pytest.approx(4 * float(first.get("width")), rel=1e-3)
+    assert (first.get("class"), second.get("class")) == ("c0", "mark")
+    assert [t.text for t in shapes(text, "title")] == ["a: v 1", "b: v 4 – why"]
+
+
+def test_a_ring_has_shares_that_add_up():
+    text = svg.ring({f"layer{i}": 10.0 - i for i in range(10)})
+    rings = [c for c in shapes(text, "circle") if c.get("fill") == "none"]
+    lengths = [float(c.get("stroke-dasharray").split()[0]) for c in rings]
+    assert len(rings) == 8
+    assert sum(lengths) == pytest.approx(2 * math.pi * 90, rel=1e-3)
+    assert "3 others" in text
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order; collects what would be fetched."""
+
+    VOID = ("meta", "line", "br")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.fetched, self.text = [], [], ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.fetched += [value for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def run(digits_run):
+    return digits_run[1]
+
+
+def test_page_text_and_json_of_a_run_agree(run, tmp_path):
+    page, file = tmp_path / "page.html", tmp_path / "page.json"
+    arguments = ["report", str(run), str(run), "--output", str(page), "--json", str(file), "--text"]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "220"})
+    assert done.exit_code == 0, done.output
+    data, read = json.loads(file.read_text()), Page(page.read_text())
+    assert not read.fetched
+    assert "http" not in page.read_text().replace("http://www.w3.org/2000/svg", "")
+    assert "<script" not in page.read_text()
+    assert len(data["runs"]) == 2
+    for text in (read.text, done.output):
+        for value in data["accuracy"].values():
+            assert f"{value:.2f}" in text
+        assert all(row["layer"] in text for row in data["layers"])
+        assert all(row["name"] in text for row in data["capacity"]["tensors"])
+        assert all(tensor in text for tensor in data["capacity"]["cuts"][0]["tensors"])
+        assert all(operator["name"] in text for operator in data["parity"]["x86"]["operators"])
+        assert f"{data['weights_bytes']['ideal'] / 1024:,.1f}" in text or f"{data['weights_bytes']['ideal']:,}" in text
+    shares = [row["bops"] for row in data["layers"] if row["bops"]]
+    assert sum(shares) == pytest.approx(data["bops"], rel=1e-5)
+
+
+def test_the_run_recorded_capacities_after_each_epoch(run):
+    entries = read_dynamics(run)
+    assert [entry["epoch"] for entry in entries] == [0, 1, 2, 3, 4]
+    first, last = entries[0]["tensors"], entries[-1]["tensors"]
+    assert first.keys() == last.keys()
+    mean = [sum(t["bits"] for n, t in e["tensors"].items() if n.endswith(("weight", "input"))) for e in entries]
+    assert mean[0] >= mean[-1]
+    assert all(t["total"] > 0 for t in last.values())
+    assert all(entry["bits"] == entry["cuts"][0]["bits"] for entry in entries)
+
+
+def test_a_recorder_that_resumes_keeps_what_came_before(digits_run, tmp_path):
+    model = digits_run[0].model
+    batches = list(model.meta["fxquant"].calibration)[:1]
+    first = CapacityRecorder(model, batches, tmp_path)
+    for epoch in range(3):
+        first(epoch)
+    second = CapacityRecorder(model, batches, tmp_path, resumed=True)
+    second(2)
+    assert [entry["epoch"] for entry in read_dynamics(tmp_path)] == [0, 1, 2]
+    assert read_dynamics(tmp_path / "none") == []
+
+
+def test_files_that_cannot_be_reported_say_so(tmp_path):
+    (tmp_path / "capacity.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"capacity.json cannot be read .* remove it"):
+        read_dynamics(tmp_path)
+    (tmp_path / "capacity.json").write_text('[{"epoch": 1}]')
+    with pytest.raises(CheckpointError, match=r"capacity.json is no record of capacities; remove it"):
+        read_dynamics(tmp_path)
+    (tmp_path / "result.json").write_text('{"recipe": "x", "lowered": {}, "float_accuracy": 1}')
+    with pytest.raises(
+        CheckpointError, match="was left by a version that measured no capacities; run its recipe again"
+    ):
+        collect(tmp_path, [])
+
+
+def test_names_cannot_break_the_page(run):
+    data = collect(run, [])
+    data["recipe"] = data["runs"][0]["recipe"] = '</title><script>alert("x")</script>'
+    text = html.page(data)
+    Page(text)
+    assert "<script" not in text
