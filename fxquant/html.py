@@ -30,7 +30,7 @@ th, td { text-align: right; padding: 3px 8px; border-bottom: 1px solid var(--lin
 th:first-child, td:first-child { text-align: left; }
 tr.mark td { color: var(--mark); font-weight: 600; }
 .bad { color: #c92a2a; }
-svg { width: 100%; height: auto; display: block; }
+svg { width: 100%; max-width: 620px; height: auto; display: block; }
 svg .t { font: 12px system-ui, sans-serif; fill: var(--ink); }
 svg .s { font-size: 11px; fill: var(--soft); }
 svg .t.mark { fill: var(--mark); font-weight: 600; }

@@ -11,8 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-_WIDTH = 640
+_WIDTH = 440  # units: about the pixels of a phone, so that text of 12 stays legible there
 _ROW = 18
+_LETTER = 7.0  # width of one, on the safe side
 _SERIES = 8
 _NOTHING = 1e-12  # below it a value has no length
 
@@ -39,14 +40,15 @@ def bars(
     values = [v for _, group in rows for v in group if math.isfinite(v) and v > _NOTHING]
     top = max(values, default=1.0)
     least = max(min(values, default=1.0) / 10, top * _NOTHING)
-    label, figure = 190, 84
+    label, figure = min(max((len(name) for name, _ in rows), default=0) * _LETTER + 10, 210), 62
     room = _WIDTH - label - figure
     thick = _ROW if len(series) == 1 else 11
     parts, y = [], 4.0
     for name, group in rows:
         height = thick * len(group)
         style = "t mark" if name in marked else "t"
-        parts.append(_text(label - 6, y + height / 2 + 4, name, style, "end"))
+        fitting = name if len(name) * _LETTER + 10 <= label else "…" + name[-int((label - 10) / _LETTER) + 1 :]
+        parts.append(_text(label - 6, y + height / 2 + 4, fitting, style, "end"))
         for index, value in enumerate(group):
             if not math.isfinite(value):
                 continue
@@ -120,8 +122,8 @@ def ring(shares: Mapping[str, float], unit: str = "") -> str:
             f'stroke-width="36" stroke-dasharray="{share * circumference:.2f} {circumference:.2f}" '
             f'transform="rotate({360 * turn - 90:.2f} {middle} {middle})"><title>{title}</title></circle>'
         )
-        parts.append(_rect(250, 14 + 26 * index, 14, 14, f"c{index % _SERIES}", name))
-        parts.append(_text(272, 26 + 26 * index, f"{name}: {share:.1%}", "t"))
+        parts.append(_rect(228, 14 + 26 * index, 14, 14, f"c{index % _SERIES}", name))
+        parts.append(_text(248, 26 + 26 * index, f"{name}: {share:.1%}", "t"))
         turn += share
     return _svg(_WIDTH, 224, "".join(parts))
 
@@ -129,7 +131,7 @@ def ring(shares: Mapping[str, float], unit: str = "") -> str:
 class _Frame:
     """Axes with a few round ticks around a set of points."""
 
-    height, left, right, top, bottom = 260, 62, 14, 12, 40
+    height, left, right, top, bottom = 240, 56, 14, 12, 40
 
     def __init__(self, around: Sequence[tuple[float, float]], across: str, up: str, logarithmic: bool):
         finite = [(x, y) for x, y in around if math.isfinite(x) and math.isfinite(y)] or [(0.0, 1.0)]
@@ -195,7 +197,7 @@ def _legend(names: Sequence[str], x: float, y: float) -> str:
     for index, name in enumerate(names):
         parts.append(_rect(x, y - 9, 10, 10, f"c{index % _SERIES}", name))
         parts.append(_text(x + 14, y, name, "t s"))
-        x += 30 + 6.2 * len(name)
+        x += 24 + 6 * len(name)
     return "".join(parts)
 
 

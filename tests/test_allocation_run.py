@@ -21,7 +21,7 @@ from fxquant.train import accuracy_of, load_run, open_source, run
 from .conftest import RECIPES
 
 RECIPE = RECIPES / "digits_mixed4_fisher.toml"
-SHORT = ["float.epochs=2", "train.epochs=2", "quantization.lower=[]", "data.plain_batches=4"]
+SHORT = ["float.epochs=2", "train.epochs=2", "quantization.lower=[]"]
 
 
 @pytest.fixture(scope="module")
