@@ -37,7 +37,7 @@ class Allocation:
         rules: one rule a layer, those that stay float included.
         spent: of each bound of the budget, what the widths take and the limit.
         predicted: sum of the sensitivities, in nats per image; for ``capacity`` the minimum cut that widths can move,
-            in bits per image.
+            in bits per image, or that of the network where they move none.
         gap: relative distance from the optimum that the solver leaves open.
         seconds: that the solver took.
     """
@@ -271,4 +271,4 @@ def _largest_cut(
     fair = dataclasses.replace(flow, at_least=reached * (1 - 1e-4)) if flow else None
     solution = program.minimise(unfairness, fair)
     capacities = {tensor: row[solution.widths[name][side]] for tensor, ((name, side), row) in chosen.items()}
-    return solution, minimum_cut(arcs, capacities | found.edges, sinks).bits
+    return solution, minimum_cut(arcs, capacities | found.edges, sinks if flow else {SINK}).bits

@@ -24,6 +24,7 @@ Side = tuple[str, int]
 
 _GAP = 1e-4  # relative, at which the search stops: far below what a sensitivity is known to
 _TRIES = 4
+_SCALE, _LEAST = 1e3, 1e-6  # of the objective: within these HiGHS's tolerances of 1e-7 mean nothing
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ class Program:
         if values is None:
             objective[through] = -1
         else:
-            objective[:binary] = values / (np.abs(values).max() or 1.0)
+            scaled = _SCALE * values / (np.abs(values).max() or 1.0)
+            objective[:binary] = np.where(np.abs(scaled) < _LEAST, 0.0, scaled)
         result = milp(
             objective,
             integrality=np.arange(rows.width) < binary,

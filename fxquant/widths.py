@@ -74,7 +74,7 @@ def _widths(choices: dict[tuple[str, str], _Choice]) -> dict[str, tuple[int, int
 def _saved(bound: BudgetBound, choices: dict[tuple[str, str], _Choice], key: tuple[str, str]) -> float:
     """What a bit less of one tensor saves: the mean down to its lowest width, for bytes come whole."""
     name, kind = key
-    choice, now = choices[key], _widths({k: c for k, c in choices.items() if k[0] == name})[name]
+    choice, now = choices[key], (choices[name, "weight"].bits, choices[name, "activation"].bits)
     least = (choice.lowest, now[1]) if kind == "weight" else (now[0], choice.lowest)
     return (bound.of_layer(name, *now) - bound.of_layer(name, *least)) / (choice.bits - choice.lowest)
 
