@@ -135,6 +135,23 @@ def test_a_recorder_that_resumes_keeps_what_came_before(digits_run, tmp_path):
     assert read_dynamics(tmp_path / "none") == []
 
 
+def test_tensorboard_gets_the_same_capacities(digits_run, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = digits_run[0].model
+    recorder = CapacityRecorder(model, list(model.meta["fxquant"].calibration)[:1], tmp_path)
+    recorder(0)
+    recorder(1)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name, tensor in read_dynamics(tmp_path)[1]["tensors"].items():
+        values = events.Scalars(f"capacity/{name}")
+        assert [value.step for value in values] == [0, 1]
+        assert values[1].value == pytest.approx(tensor["total"], rel=1e-5)
+    assert events.Scalars("minimum cut/network")[0].value == pytest.approx(recorder.entries[0]["bits"], rel=1e-5)
+
+
 def test_files_that_cannot_be_reported_say_so(tmp_path):
     (tmp_path / "capacity.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"capacity.json cannot be read .* remove it"):
