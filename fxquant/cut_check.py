@@ -93,9 +93,13 @@ def check_cut(
         watch: told of each step.
 
     Raises:
-        SpecError: a cut without a layer below 8 bits, or no other layers to draw from.
+        SpecError: widths that are learned, a cut without a layer below 8 bits, or no other layers to draw from.
     """
-
+    learned = [
+        rule.pattern for rule in rules if isinstance(rule.weight_bits, tuple) or isinstance(rule.activation_bits, tuple)
+    ]
+    if learned:
+        raise SpecError(f"the rule {learned[0]!r} learns its widths; the comparison without training takes whole ones")
     start = prepare(model, rules, calibration=calibration, backend=backend)
     resolved = {name: rule for name, rule in prepared_info(start).rules.items() if rule is not None}
     settle(start, calibration=calibration)

@@ -118,6 +118,8 @@ def test_the_cut_is_compared_with_others(finished):
     assert all(len(names) == len(checked.cut) for names, _ in checked.others)
     assert checked.correlation["fisher"][3] > 0.5
     assert checked.to_dict()["advantage"] == pytest.approx(checked.after - sum(a for _, a in checked.others) / 3)
+    with pytest.raises(SpecError, match=r"the rule '\*' learns its widths"):
+        check_cut(opened.float_model, [Rule("*", (2, 8), 4, "nipq")], [], lambda model: (0.0, 1))
     with pytest.raises(SpecError, match="holds no layer below 8 bits"):
         check_cut(opened.float_model, [Rule("*", 8, 8)], opened.data.plain(), lambda model: (0.0, 1))
 
