@@ -130,7 +130,9 @@ def check_cut(
     after = accuracy_with(chosen)
     others = [(names, accuracy_with(names)) for names in _draws(rest, len(chosen), draws, seed)]
     candidates = dict.fromkeys(narrow, (widths, widths))
-    correlation = _correlations(start, calibration, candidates, correlate, max_batches) if correlate else {}
+    # Anew: the BatchNorm of ``start`` fits its quantized layers; with their quantizers off it is no float model.
+    fresh = prepare(model, rules, calibration=calibration, backend=backend)
+    correlation = _correlations(fresh, calibration, candidates, correlate, max_batches) if correlate else {}
     return CutCheck(chosen, cut.bits, before, after, others, correlation, images)
 
 
