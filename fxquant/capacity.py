@@ -34,6 +34,7 @@ from . import cost
 from .computed import effective_weight
 from .errors import SpecError
 from .estimators import Estimator
+from .layers import QATLayer
 from .prepare import _images
 
 FLOAT_BITS = 24
@@ -185,6 +186,11 @@ def measure_capacity(
     return probe.capacities()
 
 
+def product(layer: QATLayer, x: Tensor, weight: Tensor) -> Tensor:
+    """A layer's convolution or matrix product of these operands with its bias added, before BatchNorm."""
+    return type(layer)._compute(layer, x, weight, layer.bias)
+
+
 def edge_name(node: fx.Node) -> str:
     """Name of the tensor that an edge's quantizer rounds; one quantizer can round several, as around a pooling."""
     return f"{node.args[0].name}_{EDGE}"
@@ -232,11 +238,11 @@ class _Probe:
         rounding, clipping = split_error(weight, rounded, quantizer._viewed(quantizer.step(), weight))
         if quantizer.binary:
             rounding, clipping = rounded - weight, None  # the whole line is the range of two levels
-        clean = layer._compute(x, weight)
+        clean = product(layer, x, weight)
         self._powers(f"{name}.{WEIGHT}", WEIGHT, quantizer, axis, FLOAT_BITS).add(
             clean,
-            layer._compute(x, weight + rounding) - clean,
-            None if clipping is None else layer._compute(x, weight + clipping) - clean,
+            product(layer, x, weight + rounding) - clean,
+            None if clipping is None else product(layer, x, weight + clipping) - clean,
             self.images,
         )
 

@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from . import cost, grid
-from .capacity import FLOAT_BITS, INPUT, WEIGHT, ChannelPowers, evaluating, measure_capacity, split_error
+from .capacity import FLOAT_BITS, INPUT, WEIGHT, ChannelPowers, evaluating, measure_capacity, product, split_error
 from .computed import effective_weight
 from .errors import UnknownNameError
 from .estimators import Estimator
@@ -165,19 +165,14 @@ class _Candidates:
 
 @contextmanager
 def tapped(layers: Mapping[str, QATLayer], tap: Callable[[str, Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Inside, ``tap(name, x, weight)`` stands in for each layer's product; :func:`product` gives it the real one."""
+    """Inside, ``tap(name, x, weight)`` stands in for each layer's product, which :func:`product` gives."""
     for name, layer in layers.items():
-        layer._compute = lambda x, weight, name=name: tap(name, x, weight)
+        layer._compute = lambda x, weight, _, name=name: tap(name, x, weight)
     try:
         yield
     finally:
         for layer in layers.values():
             del layer._compute
-
-
-def product(layer: QATLayer, x: Tensor, weight: Tensor) -> Tensor:
-    """A layer's convolution or matrix product of these operands, bias added, whether it is tapped or not."""
-    return type(layer)._compute(layer, x, weight)
 
 
 # ---- methods ---------------------------------------------------------------------------------------------------------
@@ -221,7 +216,7 @@ def _fisher(
         def tap(name: str, x: Tensor, weight: Tensor, calls=calls) -> Tensor:
             result = product(tensors.layers[name], x, weight)
             calls.append((name, x.detach(), result))
-            return result
+            return result.clone()  # the layer goes on in place
 
         with torch.enable_grad(), tapped(tensors.layers, tap):
             # The image, so that there is a gradient even where all parameters are held.

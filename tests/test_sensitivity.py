@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from scipy.stats import spearmanr
+from torch import nn
 from torch.nn import functional as F
 
 import fxquant as fq
@@ -64,6 +65,21 @@ def test_fisher_predicts_what_is_measured(network, images):
             assert 1 / tolerance < predicted[name][bits] / real[name][bits] < tolerance, (name, bits)
     figures = [(real[t][b], predicted[t][b]) for t in real for b in BITS]
     assert spearmanr(*zip(*figures, strict=True)).statistic > 0.95
+
+
+def test_fisher_of_layers_that_apply_relu_themselves(images):
+    """Without BatchNorm a layer's ReLU works in place on the product that is differentiated."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(200, 5)
+    ).eval()
+    prepared = fq.prepare(model, [fq.Rule("*", 4, 4)], calibration=[images])
+    real, predicted = (
+        measure_sensitivity(prepared, [images], method, {"2": ((4, 6), (4, 6))}).tensors
+        for method in ("loss", "fisher")
+    )
+    ratios = [predicted[tensor][bits] / real[tensor][bits] for tensor in real for bits in (4, 6)]
+    assert all(0.5 < ratio < 2 for ratio in ratios), ratios
 
 
 @pytest.mark.parametrize("method", ["fisher", "loss"])
