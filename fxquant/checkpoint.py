@@ -103,13 +103,11 @@ def checkpoint_for(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
             raise CheckpointError(
                 f"--resume was asked for, but {folder} holds no {CHECKPOINT}; name the folder of the run"
             )
-        if _what_matters(begun.read_text(encoding="utf-8")) == _what_matters(recipe.to_json()):
+        if not _differing_keys(begun.read_text(encoding="utf-8"), recipe):
             return None
         raise CheckpointError(f"{folder} was begun with another recipe than the one given; name another --output")
     content = load_checkpoint(path)
-    before, now = _what_matters(content["recipe"]), _what_matters(recipe.to_json())
-    if before != now:
-        differing = _differences(before, now)
+    if differing := _differing_keys(content["recipe"], recipe):
         raise CheckpointError(
             f"{path} is of another recipe than the one given; it differs in {', '.join(differing)}. Resume with the "
             "same recipe, seed and --set, or name another --output"
@@ -126,11 +124,10 @@ def holds_run_of(folder: Path, recipe: Recipe) -> bool:
     begun = folder / RECIPE
     if not begun.exists():
         return False
-    before, now = _what_matters(begun.read_text(encoding="utf-8")), _what_matters(recipe.to_json())
-    if before != now:
+    if differing := _differing_keys(begun.read_text(encoding="utf-8"), recipe):
         raise CheckpointError(
             f"{folder} holds a run of another recipe than the one given; it differs in "
-            f"{', '.join(_differences(before, now))}. Give that recipe and --set again, or name another --output"
+            f"{', '.join(differing)}. Give that recipe and --set again, or name another --output"
         )
     return True
 
@@ -145,6 +142,11 @@ def stored_recipe(text: str, path: Path) -> Recipe:
         return parse_recipe(json.loads(text), str(path))
     except (RecipeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"the recipe stored in {path} cannot be read: {error}") from None
+
+
+def _differing_keys(stored: str, recipe: Recipe) -> list[str]:
+    """Where two recipes differ in what matters. A key that one of them lacks, as an older version's does, is None."""
+    return _differences(_what_matters(stored), _what_matters(recipe.to_json()))
 
 
 def _what_matters(recipe: str) -> dict[str, Any]:
