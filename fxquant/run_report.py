@@ -20,9 +20,9 @@ def collect(folder: Path, others: list[Path]) -> dict[str, Any]:
     """The numbers of a run, and a line on each of the others, for comparison.
 
     Raises:
-        CheckpointError: a folder without a result, or one of a version that left no capacities.
+        CheckpointError: a folder without a result, or one of a version that left no capacities; a run in float alone.
     """
-    result = checkpoint.read_result(folder)
+    result = _quantized(folder)
     if "capacity" not in result:
         raise CheckpointError(f"{folder} was left by a version that measured no capacities; run its recipe again")
     layers = [_layer(row) for row in result["layers"]]
@@ -39,8 +39,15 @@ def collect(folder: Path, others: list[Path]) -> dict[str, Any]:
         "capacity": result["capacity"],
         "dynamics": read_dynamics(folder),
         "parity": result["lowered"],
-        "runs": [_line(folder, result), *(_line(other, checkpoint.read_result(other)) for other in others)],
+        "runs": [_line(folder, result), *(_line(other, _quantized(other)) for other in others)],
     }
+
+
+def _quantized(folder: Path) -> dict[str, Any]:
+    result = checkpoint.read_result(folder)
+    if "reference_accuracy" not in result:
+        raise CheckpointError(f"the run of {folder} trained in float alone; there are no integers to report on")
+    return result
 
 
 def _accuracies(result: dict[str, Any]) -> dict[str, float]:

@@ -160,6 +160,10 @@ def test_files_that_cannot_be_reported_say_so(tmp_path):
     with pytest.raises(CheckpointError, match=r"capacity.json is no record of capacities; remove it"):
         read_dynamics(tmp_path)
     (tmp_path / "result.json").write_text('{"recipe": "x", "lowered": {}, "float_accuracy": 1}')
+    with pytest.raises(CheckpointError, match="trained in float alone; there are no integers to report on"):
+        collect(tmp_path, [])
+    old = '{"recipe": "x", "lowered": {}, "float_accuracy": 1, "reference_accuracy": 1}'
+    (tmp_path / "result.json").write_text(old)
     with pytest.raises(
         CheckpointError, match="was left by a version that measured no capacities; run its recipe again"
     ):

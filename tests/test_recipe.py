@@ -2,7 +2,7 @@
 
 import pytest
 
-from fxquant.recipe import RecipeError, load_recipe
+from fxquant.recipe import RecipeError, load_recipe, parse_recipe
 
 from .conftest import RECIPES
 
@@ -121,6 +121,9 @@ def test_an_allocation_says_what_it_needs(tmp_path):
     path.write_text(f'extends = "{RECIPES / "digits_w4a4_lsq.toml"}"\n[allocation]\nsensitivity = "fisher"\n')
     with pytest.raises(RecipeError, match=r"\[allocation\] keeps to a budget; say which in \[budget\]"):
         load_recipe(path)
+    alone = {"model": {"name": "x"}, "data": {"name": "digits"}, "float": {"epochs": 1}, "allocation": {}}
+    with pytest.raises(RecipeError, match=r"\[allocation\] without \[train\]"):
+        parse_recipe({"name": "x", **alone}, "x")
     with pytest.raises(RecipeError, match="the lowest width must be below the highest"):
         load_recipe(path, ["budget.bops=1e6", "allocation.weight_bits=[4, 2]"])
     assert load_recipe(path, ["budget.bops=1e6", "allocation.weight_bits=[4, 4]"]).allocation.weight_bits == (4, 4)
