@@ -33,7 +33,7 @@ def short_run(tmp_path_factory):
 def test_run_leaves_its_files_and_prints_the_tables(short_run):
     done, folder = short_run
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in folder.iterdir()} == {
+    assert {p.name for p in folder.iterdir() if p.is_file()} == {
         "recipe.json",
         "checkpoint.pt",
         "model.fxq",
@@ -86,12 +86,12 @@ def test_compare(short_run):
 
 
 def test_output_folder_that_is_not_empty(short_run):
-    before = {p: p.read_bytes() for p in short_run[1].iterdir()}
+    before = {p: p.read_bytes() for p in short_run[1].rglob("*") if p.is_file()}
     done = fxquant("run", RECIPES / "digits_mixed4_nipq.toml", "--output", short_run[1], *SHORT)
     assert done.returncode == 2
-    assert "is not empty (it holds checkpoint.pt" in done.stderr
+    assert "is not empty (it holds capacity.json, checkpoint.pt" in done.stderr
     assert "--resume" in done.stderr
-    assert {p: p.read_bytes() for p in short_run[1].iterdir()} == before
+    assert {p: p.read_bytes() for p in short_run[1].rglob("*") if p.is_file()} == before
 
 
 def test_resume_with_another_recipe(short_run):
