@@ -287,6 +287,20 @@ def test_a_mapping_can_be_copied_and_pickled(float_model, duplicate):
     assert model.conv1.input_fake_quant.sampler == "histogram"
 
 
+def test_activations_in_place_train():
+    """They overwrite what an edge gave; timm's squeeze-and-excite and MobileNets are built that way."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Hardswish(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Hardsigmoid(inplace=True),
+        nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+    images, mapping = torch.randn(8, 3, 12, 12), fq.get_qat_qconfig_mapping("lsq", 4, 4)
+    prepared = prepare_qat_fx(model.train(), mapping, (images,), backend_config=BACKEND_CONFIG)
+    prepared(images).square().sum().backward()
+    edges = [m for m in prepared.modules() if isinstance(m, EdgeFakeQuantize)]
+    assert any(m.log2_scale.grad is not None for m in edges)
+    assert all(torch.isfinite(p.grad).all() for p in prepared.parameters() if p.grad is not None)
+
+
 def test_each_layer_has_quantizers_of_its_own(float_model):
     model = prepared(float_model, fq.get_qat_qconfig_mapping("lsq", 4, 4))
     owned = [q for m in model.modules() if isinstance(m, QATLayer) for q in (m.input_fake_quant, m.weight_fake_quant)]
