@@ -69,7 +69,7 @@ def codes_in_onnxruntime(reference: fx.GraphModule, images: torch.Tensor, path) 
         entry = modules[node.target]
         key = node.args[0], float(entry.scale), int(entry.zero_point), tuple(entry.bounds.tolist())
         if key not in same:  # the exporter merges what quantizes one tensor twice in the same way
-            same[key] = arrays[tensors[node.target].pop(0)].astype(np.int64)
+            same[key] = arrays[tensors[f"{node.name}_onnx"].pop(0)].astype(np.int64)
         run.values[node.name] = same[key]
     assert not any(tensors.values()), "a QuantizeLinear of the file is none of the reference's"
     return run

@@ -27,8 +27,9 @@ def lower(
     Args:
         reference: from :func:`fxquant.convert`; not modified.
         backend: ``x86``, ``onednn``, ``fbgemm``, ``qnnpack`` or ``inductor``; the one named at prepare by default.
-        calibration: batches, of which the first is the check, and gives the shape that kernels are laid out for
-            (others are computed rightly, too); the data given to prepare by default.
+        calibration: batches, of which the first is the check, and gives the shape that kernels are laid out for; the
+            data given to prepare by default. Other shapes are computed rightly, too, but for ``inductor``, which takes
+            another number of images and no other size.
 
     Returns:
         What maps float images to logits: a graph module, or for ``inductor`` a compiled program. Its
