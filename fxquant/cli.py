@@ -226,11 +226,11 @@ def lower(
     options = {
         f"--onnx {onnx}": onnx is not None,
         "--weight-only": weight_only,
-        f"--two-bit {two_bit}": two_bit != "bytes",
+        f"--two-bit {two_bit}": two_bit != TWO_BIT_FORMS[0],
     }
     given = " ".join(option for option, is_given in options.items() if is_given)
-    reads_onnx = get_backend(backend).reads_onnx
-    if given and not reads_onnx:
+    spec = get_backend(backend)
+    if given and not spec.reads_onnx:
         raise FxQuantError(f"{given} was given, but backend {backend!r} reads no file; leave it out")
     loaded = load_run(source)
     file = onnx or (source if source.is_dir() else source.parent) / checkpoint.ONNX_MODEL

@@ -85,6 +85,21 @@ def scale_elementwise_(grad: Tensor, x: Tensor, out: Tensor, cell: Tensor, delta
     grad.addcmul_(grad.abs(), (x - out).mul_(1.0 / cell), value=delta)
 
 
+def straight_through_gradients(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of :class:`StraightThroughFunction` to ``x``, ``s`` and ``z``, from what forward keeps in ``ctx``."""
+    x, out, scale, zero_point = ctx.saved_tensors
+    quant_min, quant_max, delta, gradient_scale = ctx.options
+    grad_x = where_inside(grad, x, scale, zero_point, quant_min - HALF, quant_max + HALF)
+    grad_scale = grad_zero = None
+    if ctx.needs_input_grad[1]:
+        grad_scale = step_gradient(grad, grad_x, x, out, scale) * gradient_scale
+    if ctx.needs_input_grad[2]:
+        grad_zero = zero_point_gradient(grad, grad_x, scale, zero_point)
+    if delta:
+        scale_elementwise_(grad_x, x, out, scale, delta)
+    return grad_x, grad_scale, grad_zero
+
+
 class StraightThroughFunction(torch.autograd.Function):
     """Quantize and dequantize with the straight-through family of gradients.
 
@@ -107,17 +122,7 @@ class StraightThroughFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, out, scale, zero_point = ctx.saved_tensors
-        quant_min, quant_max, delta, gradient_scale = ctx.options
-        grad_x = where_inside(grad, x, scale, zero_point, quant_min - HALF, quant_max + HALF)
-        grad_scale = grad_zero = None
-        if ctx.needs_input_grad[1]:
-            grad_scale = step_gradient(grad, grad_x, x, out, scale) * gradient_scale
-        if ctx.needs_input_grad[2]:
-            grad_zero = zero_point_gradient(grad, grad_x, scale, zero_point)
-        if delta:
-            scale_elementwise_(grad_x, x, out, scale, delta)
-        return grad_x, grad_scale, grad_zero, None, None, None, None
+        return *straight_through_gradients(ctx, grad), None, None, None, None
 
 
 class BinaryFunction(torch.autograd.Function):

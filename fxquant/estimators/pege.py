@@ -25,16 +25,7 @@ from .. import grid
 from ..errors import SpecError
 from ..schedule import Schedule, logarithmic
 from .base import Bits, Estimator, LearnedStep
-from .functions import (
-    HALF,
-    BinaryFunction,
-    clamp_levels_,
-    scale_elementwise_,
-    step_gradient,
-    to_grid,
-    where_inside,
-    zero_point_gradient,
-)
+from .functions import BinaryFunction, clamp_levels_, straight_through_gradients, to_grid
 
 
 class PEGE(LearnedStep):
@@ -135,18 +126,12 @@ class ProgressiveFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_error):
-        x, out, scale, zero_point = ctx.saved_tensors
-        quant_min, quant_max, delta, gradient_scale = ctx.options
         grad_x = grad_scale = grad_zero = None
         if grad is not None:
-            grad_x = where_inside(grad, x, scale, zero_point, quant_min - HALF, quant_max + HALF)
-            if ctx.needs_input_grad[1]:
-                grad_scale = step_gradient(grad, grad_x, x, out, scale) * gradient_scale
-            if ctx.needs_input_grad[2]:
-                grad_zero = zero_point_gradient(grad, grad_x, scale, zero_point)
-            if delta:
-                scale_elementwise_(grad_x, x, out, scale, delta)
+            grad_x, grad_scale, grad_zero = straight_through_gradients(ctx, grad)
         if grad_error is not None:
+            x, out, scale, zero_point = ctx.saved_tensors
+            quant_min, quant_max, *_ = ctx.options
             nearest = out if ctx.all_replaced else to_grid(x, scale, zero_point, quant_min, quant_max)
             distance = (nearest - x).mul_(grad_error * (-2.0 / x.numel()) / scale.square())
             grad_x = distance if grad_x is None else grad_x.add_(distance)

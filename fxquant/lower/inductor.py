@@ -186,7 +186,7 @@ class _Decomposition:
 
     def _activation(self, out: fx.Node, rescale: Rescale, exit_: nn.Module | None) -> fx.Node:
         if isinstance(exit_, Quantize):
-            name, bounds, _ = kernels.post_operation(exit_, rescale.relu, rescale.ceiling)
+            name, bounds, _ = kernels.bounding_operation(exit_, rescale.relu, rescale.ceiling)
         elif rescale.relu:
             name, bounds = ("relu", []) if rescale.ceiling is None else ("hardtanh", [0.0, rescale.ceiling])
         else:

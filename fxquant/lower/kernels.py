@@ -93,7 +93,7 @@ class OnednnLayer(Kernel):
             self.finish = (relu, rescale.ceiling) if relu else None
         else:
             self.result = (float(exit_.scale), int(exit_.zero_point), torch.uint8)
-            self.post = activation or post_operation(exit_, relu, rescale.ceiling)
+            self.post = activation or bounding_operation(exit_, relu, rescale.ceiling)
             if activation is not None:
                 self.bounds = (exit_.quant_min, exit_.quant_max)
         if self.bounds == (0, 255):
@@ -154,7 +154,7 @@ class OnednnLayer(Kernel):
         return out if self.bounds is None else out.clamp_(*self.bounds)
 
 
-def post_operation(exit_: Quantize, relu: bool, ceiling: float | None) -> tuple[str, list[float], str]:
+def bounding_operation(exit_: Quantize, relu: bool, ceiling: float | None) -> tuple[str, list[float], str]:
     """What a kernel that saturates at 8 bits has to do before it rounds onto a grid, so that the codes stay inside it.
 
     Returns:
@@ -306,9 +306,9 @@ def _typed(codes: Tensor, grid: tuple[float, int]) -> Tensor:
 
 
 class _QuantizedKernel(Kernel):
-    def _take_exit(self, exit_: Quantize) -> None:
+    def _take_exit(self, exit_: Quantize, ceiling: float | None = None) -> None:
         self.out_grid = float(exit_.scale), int(exit_.zero_point)
-        self.bounds = exit_.quant_min, exit_.quant_max
+        self.bounds = exit_.quant_min, exit_.highest_below(ceiling)
 
     def _clamp(self, out: Tensor) -> Tensor:
         codes = out.int_repr()
@@ -321,8 +321,7 @@ class QuantizedLayer(_QuantizedKernel):
     def __init__(self, layer: IntegerConv2d | IntegerLinear, entry: Quantize, rescale: Rescale, exit_: Quantize):
         super().__init__()
         self.in_grid = float(entry.scale), int(entry.zero_point)
-        self._take_exit(exit_)
-        self.bounds = exit_.quant_min, exit_.highest_below(rescale.ceiling)
+        self._take_exit(exit_, rescale.ceiling)
         sum_scale = rescale.scale.to(torch.float64)
         weight = torch._make_per_channel_quantized_tensor(
             layer.weight, sum_scale / self.in_grid[0], torch.zeros_like(sum_scale, dtype=torch.int64), 0
