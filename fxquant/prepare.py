@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 import platform
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,18 +10,17 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten
 
 from . import cost
 from ._torch_ao import QConfigMapping, deprecations_silenced, prepare_captured
 from .computed import effective_weight
+from .edges import place_edges, share_grids
 from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecError
 from .estimators import Bits, Estimator
 from .grid import check_bits
-from .layers import QATConv2d, QATLayer
-from .qconfig import EDGE_OPERATORS, MOVES_VALUES, QUANTIZABLE, edge_qconfig, get_backend_config, get_qat_qconfig
-from .spec import RESIDUAL_BITS, BackendSpec, Rule, get_backend, resolve_rules
+from .layers import QATLayer
+from .qconfig import QUANTIZABLE, edge_qconfig, get_backend_config, get_qat_qconfig
+from .spec import RESIDUAL_BITS, Rule, get_backend, resolve_rules
 from .trace import DIFFERENCE, OPAQUE, trace
 
 # A squeeze needs the penalty of QATLoss, which plain torch.ao use does not have: only prepare() starts one.
@@ -149,8 +147,8 @@ def prepare(
     with deprecations_silenced():
         config = get_backend_config(backend, captured=True)
         prepared = prepare_captured(traced.train(), mapping, example_inputs, config)
-    _place_edges(prepared, get_backend(backend))
-    _share_grids(prepared)
+    place_edges(prepared, get_backend(backend))
+    share_grids(prepared)
     _hold_image_ranges(prepared)
     for name, module in prepared.named_modules():
         if isinstance(module, Estimator):
@@ -329,19 +327,6 @@ def has_vnni() -> bool:
     return torch.cpu._is_vnni_supported()
 
 
-def _share_grids(prepared: fx.GraphModule) -> None:
-    """Where a layer reads an edge of its own width, the two quantizers become one: the second would round again."""
-    modules = dict(prepared.named_modules(remove_duplicate=False))
-    for node in prepared.graph.nodes:
-        layer = modules.get(node.target) if node.op == "call_module" else None
-        if not isinstance(layer, QATLayer) or layer.input_fake_quant is None:
-            continue
-        source = node.args[0]
-        edge = modules.get(source.target) if source.op == "call_module" else None
-        if isinstance(edge, Estimator) and layer.input_fake_quant.bits == edge.bits:
-            layer.input_fake_quant, layer.input_is_quantized = edge, True
-
-
 def _hold_image_ranges(prepared: fx.GraphModule) -> None:
     """Where a layer reads the network's input at 8 bits, calibration alone sets the range.
 
@@ -354,144 +339,3 @@ def _hold_image_ranges(prepared: fx.GraphModule) -> None:
             layer = modules.get(user.target) if user.op == "call_module" else None
             if isinstance(layer, QATLayer) and layer.input_fake_quant is not None and layer.input_fake_quant.bits == 8:
                 layer.input_fake_quant.hold_range()
-
-
-def _place_edges(prepared: fx.GraphModule, profile: BackendSpec) -> None:
-    """Keep the edge quantizers that integer operators need, drop the rest, and name them after their producer.
-
-    torch.ao observes every output. A layer quantizes its own input, so an edge matters only where it carries the
-    result or an operand of an addition, multiplication or concatenation, directly or through operators that share
-    their quantizer between input and output (poolings, shape operators); and, where the backend's convolutions give
-    codes alone, at the result of one that float operators read. Where a layer adds a residual itself, what it has just
-    computed goes without.
-    """
-    modules = dict(prepared.named_modules(remove_duplicate=False))
-
-    def edge_of(node: fx.Node) -> Estimator | None:
-        module = modules.get(node.target) if node.op == "call_module" else None
-        return module if isinstance(module, Estimator) else None
-
-    kept: set[fx.Node] = set()
-    edges = [node for node in prepared.graph.nodes if edge_of(node) is not None]
-    for node in reversed(edges):
-        if not _carries_activations(node.args[0]) or _decides_a_divisor(node, modules):
-            continue
-        if _is_sum(node.args[0]) or any(_is_arithmetic(user) for user in node.users):
-            kept.add(node)
-            continue
-        if not profile.float_convolutions and _is_float_convolution(node, modules):
-            kept.add(node)
-            continue
-        through = (onward for user in node.users for onward in user.users)
-        if any(onward in kept and edge_of(onward) is edge_of(node) for onward in through):
-            kept.add(node)
-
-    if profile.adds_in_layer:
-        kept -= _unrounded_addends(prepared, kept, modules)
-
-    names: dict[int, str] = {}
-    for node in edges:
-        if node not in kept:
-            node.replace_all_uses_with(node.args[0])
-            prepared.graph.erase_node(node)
-            continue
-        edge = edge_of(node)
-        if id(edge) not in names:
-            names[id(edge)] = f"{node.args[0].name}_edge"
-            prepared.add_submodule(names[id(edge)], edge)
-        node.target = names[id(edge)]
-    # torch.ao registers a shared quantizer under several names; keep the one that the graph calls.
-    for name in [name for name, m in prepared._modules.items() if isinstance(m, Estimator)]:
-        if name not in names.values():
-            delattr(prepared, name)
-    prepared.graph.lint()
-    prepared.recompile()
-
-
-def _unrounded_addends(prepared: fx.GraphModule, kept: set[fx.Node], modules: dict[str, nn.Module]) -> set[fx.Node]:
-    """Of each addition of two edges, the one whose layer can add the other itself; the later of the two if both can."""
-    position = {node: index for index, node in enumerate(prepared.graph.nodes)}
-    found = set()
-    for node in prepared.graph.nodes:
-        operands = node.args if node.op == "call_function" and node.target in (operator.add, torch.add) else ()
-        if len(operands) != 2 or node.kwargs or not all(operand in kept for operand in operands):
-            continue
-        for operand in sorted(operands, key=position.get, reverse=True):
-            producer = operand.args[0]
-            layer = modules.get(producer.target) if producer.op == "call_module" else None
-            private = len(operand.users) == len(producer.users) == 1 and operands[0] is not operands[1]
-            if private and isinstance(layer, QATLayer) and not layer.relu:
-                found.add(operand)
-                break
-    return found
-
-
-def _is_float_convolution(edge: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether an edge follows a convolution whose result an operator computes with that is no layer.
-
-    What only moves values does not count: runtimes round before it what is to be rounded after it.
-    """
-
-    def module_of(node: fx.Node) -> nn.Module | None:
-        return modules.get(node.target) if node.op == "call_module" else None
-
-    if not isinstance(module_of(edge.args[0]), QATConv2d):
-        return False
-
-    def only_moved(node: fx.Node) -> bool:
-        for user in node.users:
-            module = module_of(user)
-            moves = (
-                isinstance(module, Estimator) or (type(module) if module is not None else user.target) in MOVES_VALUES
-            )
-            if not (user.op == "output" or isinstance(module, QATLayer) or (moves and only_moved(user))):
-                return False
-        return True
-
-    return not only_moved(edge)
-
-
-def _is_arithmetic(node: fx.Node) -> bool:
-    """An operator that combines tensors which the input reaches; ``x * 0.5`` and ``x + position`` are float."""
-    if node.op != "call_function" or node.target not in EDGE_OPERATORS:
-        return False
-    operands = [operand for operand in tree_flatten(node.args)[0] if isinstance(operand, fx.Node)]
-    return len(operands) > 1 and all(_carries_activations(o) for o in operands)
-
-
-def _carries_activations(node: fx.Node) -> bool:
-    """Whether a node's tensor is floating and depends on the input, as capture saw it."""
-    while "dtype" not in node.meta and node.op == "call_module" and len(node.args) == 1:
-        node = node.args[0]  # through quantizers, which came after capture
-    return node.meta.get("dependent", False) and node.meta["dtype"].is_floating_point
-
-
-_DIVISIONS = {F.normalize, torch.rsqrt, torch.reciprocal, torch.log, "rsqrt", "reciprocal", "log"}
-
-
-def _decides_a_divisor(edge: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether float operators carry an edge's tensor into a divisor (linear attention): what rounds to 0 there makes
-    gradients of 1e15 and more."""
-    seen, reached = set(), [edge]
-    while reached:
-        node = reached.pop()
-        for user in node.users:
-            divides = user.op == "call_function" and user.target in (operator.truediv, torch.div)
-            if user.target in _DIVISIONS or (divides and len(user.args) > 1 and user.args[1] is node):
-                return True
-            stops = user.op == "call_module" and isinstance(modules.get(user.target), (QATLayer, Estimator))
-            if user not in seen and not stops:
-                seen.add(user)
-                reached.append(user)
-    return False
-
-
-def _is_sum(node: fx.Node) -> bool:
-    """An arithmetic operator, or the ReLU that follows one."""
-    if _is_arithmetic(node):
-        return True
-    owner = node.graph.owning_module
-    is_relu = (node.op == "call_function" and node.target in (F.relu, torch.relu)) or (
-        node.op == "call_module" and isinstance(owner.get_submodule(node.target), nn.ReLU)
-    )
-    return is_relu and isinstance(node.args[0], fx.Node) and _is_arithmetic(node.args[0])
