@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from .estimators import Estimator
 from .layers import QATConv2d, QATLayer
-from .qconfig import EDGE_OPERATORS, MOVES_VALUES
+from .qconfig import EDGE_OPERATORS, MOVES_VALUES, OperandFakeQuantize
 from .spec import BackendSpec
 
 
@@ -78,6 +78,54 @@ def share_grids(prepared: fx.GraphModule) -> None:
         edge = modules.get(source.target) if source.op == "call_module" else None
         if isinstance(edge, Estimator) and layer.input_fake_quant.bits == edge.bits:
             layer.input_fake_quant, layer.input_is_quantized = edge, True
+
+
+def place_operand_edges(prepared: fx.GraphModule, bits: int) -> None:
+    """Put both operands of every product of activations (attention's two) on a grid of ``bits``.
+
+    An edge goes where the operand was computed, above what only moves or scales its values, so that one quantizer after
+    a projection serves queries, keys and values, and they are moved as integers. A tensor that is on a grid already
+    stays as it is, and so does a product that a division depends on.
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    products = [node for node in prepared.graph.nodes if _is_product(node)]
+    edges: dict[fx.Node, fx.Node] = {}
+    for product in products:
+        if _decides_a_divisor(product, modules):
+            continue
+        for operand in product.args[:2]:
+            reader, source = product, operand
+            while _moves_or_scales(source, modules):
+                reader, source = source, source.args[0]
+            if source.op == "call_module" and isinstance(modules.get(source.target), Estimator):
+                continue
+            if source not in edges:
+                name = f"{source.name}_edge"
+                modules[name] = OperandFakeQuantize(bits)
+                prepared.add_submodule(name, modules[name])
+                with prepared.graph.inserting_after(source):
+                    edges[source] = prepared.graph.call_module(name, (source,))
+            reader.replace_input_with(source, edges[source])
+    prepared.graph.lint()
+    prepared.recompile()
+
+
+_PRODUCTS = frozenset({operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__"})
+_PARTS = frozenset({operator.getitem, torch.unbind, torch.chunk, torch.split, "unbind", "chunk", "split", "select"})
+_SCALINGS = frozenset({operator.mul, torch.mul, operator.truediv, torch.div})
+
+
+def _is_product(node: fx.Node) -> bool:
+    operands = node.args[:2] if node.target in _PRODUCTS else ()
+    return len(operands) == 2 and all(isinstance(o, fx.Node) and _carries_activations(o) for o in operands)
+
+
+def _moves_or_scales(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node's values are those of its first argument, elsewhere, or times a number."""
+    target = type(modules[node.target]) if node.op == "call_module" else node.target
+    if node.op == "placeholder" or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    return target in MOVES_VALUES | _PARTS or (target in _SCALINGS and isinstance(node.args[1], (int, float)))
 
 
 def _unrounded_addends(prepared: fx.GraphModule, kept: set[fx.Node], modules: dict[str, nn.Module]) -> set[fx.Node]:

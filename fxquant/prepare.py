@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from . import cost
 from ._torch_ao import QConfigMapping, deprecations_silenced, prepare_captured
 from .computed import effective_weight
-from .edges import place_edges, share_grids
+from .edges import place_edges, place_operand_edges, share_grids
 from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecError
 from .estimators import Bits, Estimator
 from .grid import check_bits
@@ -147,8 +147,11 @@ def prepare(
     with deprecations_silenced():
         config = get_backend_config(backend, captured=True)
         prepared = prepare_captured(traced.train(), mapping, example_inputs, config)
-    place_edges(prepared, get_backend(backend))
+    profile = get_backend(backend)
+    place_edges(prepared, profile)
     share_grids(prepared)
+    if profile.multiplies_activations:
+        place_operand_edges(prepared, residual_bits)
     _hold_image_ranges(prepared)
     for name, module in prepared.named_modules():
         if isinstance(module, Estimator):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import grid, layers_torch_ao
@@ -36,6 +36,30 @@ class EdgeFakeQuantize(LSQ):
     """The quantizer of a tensor between layers: a residual sum, a concatenation, a pooled map (learned step)."""
 
     name = "edge"
+
+
+class OperandFakeQuantize(EdgeFakeQuantize):
+    """The quantizer of an operand of a product of activations.
+
+    Its zero-point is 0 where there are no negative values (softmax) and in the middle of the grid elsewhere, never
+    learned: engines multiply no two tensors of free zero-points.
+    """
+
+    name = "operand"
+    learns_zero_point = False
+
+    def __init__(self, bits: int = RESIDUAL_BITS, **options):
+        super().__init__(bits, **options)
+        self.zero_fraction.requires_grad_(False)
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        if self.grid_scheme == "affine":
+            levels = self.quant_max - self.quant_min
+            below, above = (levels + 1) // 2, levels // 2  # steps on either side of 0
+            step = torch.maximum(-low / below, high / max(above, 1))
+            width = self._safe_width(-below * step, above * step)
+            low, high = -width * below / levels, width * above / levels
+        super().set_range(low, high)
 
 
 def get_qat_qconfig(

@@ -163,6 +163,8 @@ class BackendSpec:
             into the addition as it is; elsewhere both operands lie on the 8-bit grid.
         float_convolutions: whether its integer convolutions can give a float result. Else what float operators read of
             one lies on the 8-bit grid, as the convolution itself would run in float.
+        multiplies_activations: whether it multiplies two tensors of activations (attention) on integers. Then both lie
+            on the 8-bit grid; elsewhere the product is float.
         depthwise_bits: widest activations that its depthwise convolutions compute rightly with 8-bit weights.
         saturates_without_vnni: whether, on an x86 CPU without VNNI instructions, its kernels add pairs of products in
             16 bits, which 8-bit weights overflow.
@@ -174,6 +176,7 @@ class BackendSpec:
     compiles: bool = False
     adds_in_layer: bool = False
     float_convolutions: bool = True
+    multiplies_activations: bool = False
     depthwise_bits: int = 8
     saturates_without_vnni: bool = True
 
@@ -189,7 +192,7 @@ BACKENDS: dict[str, BackendSpec] = {
         # qnnpack rounds a requantized value up or down by one code in 0.1-0.3 % of outputs even at 8 bits.
         BackendSpec("qnnpack", agreement=98.0, float_convolutions=False, saturates_without_vnni=False),
         BackendSpec("onnxruntime", agreement=99.9, reads_onnx=True, float_convolutions=False),
-        BackendSpec("openvino", agreement=99.9, reads_onnx=True, adds_in_layer=True),
+        BackendSpec("openvino", agreement=99.9, reads_onnx=True, adds_in_layer=True, multiplies_activations=True),
     )
 }
 

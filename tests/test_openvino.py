@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxquant as fq
+from fxquant import timm
 from fxquant.errors import FxQuantError
 from fxquant.lower.onnx import require_packages
 from fxquant.train import lower_to
@@ -40,6 +41,12 @@ def reference_of(model: nn.Module, bits: int):
     return fq.convert(prepared)
 
 
+def kernels_of(runs: fq.OpenVinoModel) -> list[tuple[str, str]]:
+    """(kind, kernel) of each node as it runs."""
+    infos = [node.get_rt_info() for node in runs.compiled.get_runtime_model().get_ops()]
+    return [(info["layerType"].astype(str), info["primitiveType"].astype(str)) for info in infos]
+
+
 @pytest.mark.parametrize(("model", "bits"), [(Plain, 1), (Plain, 2), (Plain, 4), (Plain, 8), (TinyMobile, 4)])
 def test_openvino_agrees_where_there_is_no_residual_sum(model, bits, tmp_path):
     """All argmaxes; nearly all logits to a few units in the last place, some a few codes of one activation away."""
@@ -53,13 +60,19 @@ def test_openvino_agrees_where_there_is_no_residual_sum(model, bits, tmp_path):
     want = reference(images)
     near = (runs(images) - want).abs() <= 1e-6 * want.abs().max()
     assert float(near.double().mean()) > 0.98
-    kernels = [
-        (info["layerType"].astype(str), info["primitiveType"].astype(str))
-        for info in (node.get_rt_info() for node in runs.compiled.get_runtime_model().get_ops())
-    ]
-    layers = [kernel for kind, kernel in kernels if kind in ("Convolution", "FullyConnected")]
+    layers = [kernel for kind, kernel in kernels_of(runs) if kind in ("Convolution", "FullyConnected")]
     assert len(layers) == 4
     assert all(kernel.endswith("_I8") for kernel in layers)
+
+
+def test_attention_multiplies_integers(tmp_path):
+    reference = reference_of(timm.create_model("test_vit", img_size=16, num_classes=10), 8)
+    runs = lower_to(reference, "openvino", tmp_path / "model.onnx")
+    report = fq.verify(None, reference, [torch.randn(64, 3, 16, 16)], lowered={"openvino": runs})
+    assert report.lowered["openvino"].argmax_agreement > 90  # of random weights, whose classes are close
+    attention = [kernel for kind, kernel in kernels_of(runs) if kind == "Subgraph"]
+    assert attention
+    assert all(kernel.lower().endswith("_i8") for kernel in attention)
 
 
 class LargeWindow(nn.Module):

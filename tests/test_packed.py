@@ -206,7 +206,7 @@ def test_a_truncated_file_is_found(saved, share):
     [
         (
             lambda m, d, t: m.update(version="1"),
-            r"has version '1' of the format; this fxquant reads version '2'. Convert",
+            r"has version '1' of the format; this fxquant reads version '3'. Convert",
         ),
         (lambda m, d, t: m.pop("version"), r"has version None"),
         (lambda m, d, t: m.update(format="pickle"), r"is no packed file \(format 'pickle'"),

@@ -35,7 +35,7 @@ from ..integer import IntegerConv2d, IntegerLinear
 from ..prepare import prepared_info
 from ..spec import Rule
 
-FORMAT, VERSION = "fxquant-packed", "2"
+FORMAT, VERSION = "fxquant-packed", "3"
 _LARGEST_IMAGE = 2**26  # elements: a file must not make its reader allocate what it likes
 
 
