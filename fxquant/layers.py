@@ -23,6 +23,7 @@ from ._torch_ao import nni, qconfig_equals
 from .computed import adopt_formula, effective_weight
 from .errors import NotFrozenError, SpecError
 from .estimators import Estimator
+from .estimators.recompute import recomputing
 from .integer import IntegerConv2d, IntegerLinear, Quantize, Rescale
 
 # An int32 bias beyond this many steps would push sums out of float32's integers; only channels whose folded
@@ -124,14 +125,17 @@ class QATLayer(nn.Module):
         if self.frozen:
             form = self.integer_form()
             return form.rescale(form.layer(form.quantize(x)))
+        given, real, bias = x, effective_weight(self), self.bias
         if self.input_fake_quant is not None and not self.input_is_quantized:
             x = self.input_fake_quant(x)
-        weight, bias = self.weight_fake_quant(effective_weight(self)), self.bias
+        weight = self.weight_fake_quant(real)
+        if self.bn is None and self._rounds_its_bias():
+            bias = bias + self.bias_rounding().to(bias.dtype)
+        with recomputing((x, given), (weight, real)):
+            out = self._compute(x, weight, bias)
         if self.bn is None:
-            if self._rounds_its_bias():
-                bias = bias + self.bias_rounding().to(bias.dtype)
-            return _activate_(self._compute(x, weight, bias), self.relu, self.ceiling)
-        out = self.bn(self._compute(x, weight, bias))
+            return _activate_(out, self.relu, self.ceiling)
+        out = self.bn(out)
         if self._rounds_its_bias():
             out.add_(grid.channel_view(self.bias_rounding(), out.ndim, self._channel_axis))
         return _activate_(out, self.relu, self.ceiling)

@@ -1,8 +1,8 @@
 """The autograd functions that estimators share, and what they are built from.
 
 A training step is bound by memory, so these keep to few passes over it: in place on buffers of their own, in float,
-without masks (a ``torch.where`` on a mask takes five times a multiplication). A backward is given ``x`` and the output,
-which the neighbouring layers keep anyway, and computes residuals anew from them: nothing else is saved. No tensor is
+without masks (a ``torch.where`` on a mask takes five times a multiplication). Of tensors, ``x`` alone is saved, which
+the layer before keeps anyway; a backward computes the output anew (:mod:`fxquant.estimators.recompute`). No tensor is
 read by the host, but for single values that are in its memory already.
 
 Throughout, ``s`` is the step, ``u = x/s``, and a level is a code less the zero-point.
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .recompute import attach
 
 _PIECE = 1 << 16  # elements
 
@@ -87,8 +89,9 @@ def scale_elementwise_(grad: Tensor, x: Tensor, out: Tensor, cell: Tensor, delta
 
 def straight_through_gradients(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of :class:`StraightThroughFunction` to ``x``, ``s`` and ``z``, from what forward keeps in ``ctx``."""
-    x, out, scale, zero_point = ctx.saved_tensors
+    x, scale, zero_point = ctx.saved_tensors
     quant_min, quant_max, delta, gradient_scale = ctx.options
+    out = ctx.output.take(x)
     grad_x = where_inside(grad, x, scale, zero_point, quant_min - HALF, quant_max + HALF)
     grad_scale = grad_zero = None
     if ctx.needs_input_grad[1]:
@@ -115,8 +118,12 @@ class StraightThroughFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, quant_min, quant_max, delta=0.0, gradient_scale=1.0):
-        out = to_grid(x, scale, zero_point, quant_min, quant_max)
-        ctx.save_for_backward(x, out, scale, zero_point)
+        def compute(x):
+            return to_grid(x, scale, zero_point, quant_min, quant_max)
+
+        out = compute(x)
+        ctx.output = attach(out, compute)
+        ctx.save_for_backward(x, scale, zero_point)
         ctx.options = quant_min, quant_max, delta, gradient_scale
         return out
 

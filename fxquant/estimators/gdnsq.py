@@ -30,6 +30,7 @@ from ..errors import SpecError
 from ..schedule import Schedule, linear
 from .base import Bits, LearnedStep
 from .functions import EDGE, between, is_at_hand
+from .recompute import attach
 
 _MARGIN = 1e-3
 
@@ -225,15 +226,19 @@ class NoiseScaleFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, low, high, noise_gradient):
-        clamped = x if low is None else _clamp(x, low, high)
-        out = (clamped * (1.0 / scale)).round_().mul_(scale)
-        ctx.save_for_backward(x, out, scale, low, high)
+        def compute(x):
+            clamped = x if low is None else _clamp(x, low, high)
+            return (clamped * (1.0 / scale)).round_().mul_(scale)
+
+        out = compute(x)
+        ctx.output = attach(out, compute)
+        ctx.save_for_backward(x, scale, low, high)
         ctx.noise_gradient = noise_gradient
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, out, scale, low, high = ctx.saved_tensors
+        x, scale, low, high = ctx.saved_tensors
         grad_x, grad_scale, grad_low, grad_high = grad, None, None, None
         if low is not None:
             reach = EDGE * scale
@@ -245,7 +250,8 @@ class NoiseScaleFunction(torch.autograd.Function):
             grad_scale = size * torch.randn_like(size)
         else:
             clamped = x if low is None else _clamp(x, low, high)
-            grad_scale = (out - clamped).mul_(grad).sum_to_size(scale.shape) / scale
+            grad_scale = (ctx.output(x) - clamped).mul_(grad).sum_to_size(scale.shape) / scale
+        ctx.output.forget()
         return grad_x, grad_scale, grad_low, grad_high, None
 
 

@@ -25,6 +25,7 @@ from .. import grid
 from ..errors import SpecError
 from .base import Bits, Estimator
 from .functions import EDGE, clamp_levels_, dot, is_at_hand, to_grid, where_inside, zero_point_gradient
+from .recompute import attach
 
 SAMPLERS = ("roll", "bootstrap", "histogram")
 
@@ -155,29 +156,35 @@ class NoiseProxyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, alpha, zero_point, quant_min, quant_max, binary, sampler):
         low, high = (-2, 2) if binary else (quant_min, quant_max)
-        if sampler is None:
-            out = _signs(x).mul_(scale) if binary else to_grid(x, scale, zero_point, quant_min, quant_max)
-        else:
+        draw = None if sampler is None else _Noise(sampler)
+
+        def compute(x):
+            if draw is None:
+                return _signs(x).mul_(scale) if binary else to_grid(x, scale, zero_point, quant_min, quant_max)
             levels = x * (1.0 / scale)
             if binary:
                 signs, u = _signs(x), levels
                 pool = (signs - u)[u.abs() <= 2]  # what is clipped lends no noise
-                noise = _draw(pool, sampler, x.shape) if pool.numel() else torch.zeros_like(x)
+                noise = draw(pool, x.shape) if pool.numel() else torch.zeros_like(x)
                 levels = torch.where(u.abs() <= 2, u, signs)
             else:
                 # Above one bit the residual of its own, unclamped rounding stands in for what is clipped.
-                noise = _draw(levels.round().sub_(levels), sampler, x.shape)
+                noise = draw(levels.round().sub_(levels), x.shape)
                 levels = clamp_levels_(levels, zero_point, quant_min, quant_max)
             levels.add_(where_inside(noise, x, scale, zero_point, low - EDGE, high + EDGE))
-            out = levels.mul_(scale)
-        ctx.save_for_backward(x, out, scale, zero_point)
+            return levels.mul_(scale)
+
+        out = compute(x)
+        ctx.output = attach(out, compute)
+        ctx.save_for_backward(x, scale, zero_point)
         ctx.ends = low - EDGE, high + EDGE
         ctx.alpha_shape, ctx.steps = alpha.shape, quant_max if quant_min < 0 else quant_max - quant_min
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, out, scale, zero_point = ctx.saved_tensors
+        x, scale, zero_point = ctx.saved_tensors
+        out = ctx.output.take(x)
         grad_x = where_inside(grad, x, scale, zero_point, *ctx.ends)
         grad_scale = grad_alpha = grad_zero = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
@@ -205,12 +212,23 @@ def _signs(x: Tensor) -> Tensor:
     return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
 
 
-def _draw(residual: Tensor, sampler: str, shape: torch.Size) -> Tensor:
-    """Noise of that shape, drawn from the distribution of the values of ``residual``."""
-    flat = residual.flatten()
-    if sampler == "roll" and flat.numel() == shape.numel():
-        by = int(torch.randint(flat.numel(), ()))
-        return flat.roll(by).view(shape)
+class _Noise:
+    """Noise drawn from the distribution of the values of a tensor: the same at every call with the same values."""
+
+    def __init__(self, sampler: str):
+        self._sampler = sampler
+        self._drawn: int | Tensor | None = None  # by how much residuals are rolled, or their noise
+
+    def __call__(self, residual: Tensor, shape: torch.Size) -> Tensor:
+        flat = residual.flatten()
+        rolls = self._sampler == "roll" and flat.numel() == shape.numel()
+        if self._drawn is None:
+            self._drawn = int(torch.randint(flat.numel(), ())) if rolls else _draw(flat, self._sampler, shape)
+        return flat.roll(self._drawn).view(shape) if rolls else self._drawn
+
+
+def _draw(flat: Tensor, sampler: str, shape: torch.Size) -> Tensor:
+    """Noise of that shape, each value of the distribution of the values of ``flat``."""
     if sampler != "histogram":
         return flat[torch.randint(flat.numel(), shape, device=flat.device)]
     half = max(float(flat.abs().max()), 1e-12)

@@ -19,11 +19,11 @@ def given_noise(monkeypatch):
     """Replaces what is drawn by a known tensor; tells what it was to be drawn from."""
     noise, residuals = torch.rand(SHAPE) - 0.5, []
 
-    def draw(residual, *rest):
+    def draw(self, residual, shape):
         residuals.append(residual)
         return noise
 
-    monkeypatch.setattr(nipq, "_draw", draw)
+    monkeypatch.setattr(nipq._Noise, "__call__", draw)
     return noise, residuals
 
 
