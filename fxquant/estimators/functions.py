@@ -10,12 +10,14 @@ Throughout, ``s`` is the step, ``u = x/s``, and a level is a code less the zero-
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from .recompute import attach
 
-_PIECE = 1 << 16  # elements
+_PIECE = 1 << 16  # elements, for each thread
 
 HALF = 0.5
 """What rounds to a code is inside of a range: half a step beyond the ends is, too (LSQ, arXiv 1902.08153)."""
@@ -39,9 +41,38 @@ def clamp_levels_(levels: Tensor, zero_point: Tensor | None, low: float, high: f
     return levels.clamp_(low - zero_point, high - zero_point)
 
 
+def pieces(
+    tensors: Sequence[Tensor], parameters: Sequence[Tensor | None]
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]]:
+    """Slices of tensors of one shape, and of parameters that broadcast against it, that fit into a core's cache.
+
+    What several passes are made over stays there between them, and what they need besides is small. On a device, and
+    where parameters differ along other axes than the first, the whole is the only piece.
+    """
+    first, size = tensors[0], _PIECE * torch.get_num_threads()
+    single = all(parameter is None or parameter.numel() == 1 for parameter in parameters)
+    by_row = all(p is None or p.numel() == 1 or p.shape[:1] == first.shape[:1] == (p.numel(),) for p in parameters)
+    if first.device.type != "cpu" or first.numel() <= size:
+        yield tuple(tensors), tuple(parameters)
+    elif single and all(tensor.is_contiguous() for tensor in tensors):
+        for slices in zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True):
+            yield slices, tuple(None if p is None else p.reshape(()) for p in parameters)
+    elif single or by_row:
+        rows = max(size * len(first) // first.numel(), 1)
+        for begin in range(0, len(first), rows):
+            part = slice(begin, begin + rows)
+            narrowed = (p if p is None or p.numel() == 1 else p[part] for p in parameters)
+            yield tuple(tensor[part] for tensor in tensors), tuple(narrowed)
+    else:
+        yield tuple(tensors), tuple(parameters)
+
+
 def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: float, high: float) -> Tensor:
     """What ``x`` is on the grid, in a new tensor: bit for bit what :mod:`fxquant.grid` quantizes and dequantizes."""
-    return clamp_levels_(torch.mul(x, 1.0 / scale).round_(), zero_point, low, high).mul_(scale)
+    result = torch.empty_like(x)
+    for (part, out), (s, z) in pieces((x, result), (scale, zero_point)):
+        clamp_levels_(torch.mul(part, 1.0 / s, out=out).round_(), z, low, high).mul_(s)
+    return result
 
 
 def where_inside(
@@ -51,8 +82,11 @@ def where_inside(
     if is_at_hand(scale) and (zero_point is None or is_at_hand(zero_point)):
         zero = 0.0 if zero_point is None else float(zero_point)
         return between(values, x, (low - zero) * float(scale), (high - zero) * float(scale))
-    u = x * (1.0 / scale)
-    return between(values, u if zero_point is None else u.add_(zero_point), low, high)
+    result = torch.empty_like(values)
+    for (part, value, out), (s, z) in pieces((x, values, result), (scale, zero_point)):
+        u = part * (1.0 / s)
+        out.copy_(between(value, u if z is None else u.add_(z), low, high))
+    return result
 
 
 def between(values: Tensor, x: Tensor, low: float, high: float) -> Tensor:
@@ -84,7 +118,8 @@ def zero_point_gradient(grad: Tensor, grad_inside: Tensor, scale: Tensor, zero_p
 
 def scale_elementwise_(grad: Tensor, x: Tensor, out: Tensor, cell: Tensor, delta: float) -> None:
     """``g·(1 + δ·sign(g)·(x - out)/cell)``, in place: EWGS (CVPR 2021, arXiv 2104.00903, equation 6)."""
-    grad.addcmul_(grad.abs(), (x - out).mul_(1.0 / cell), value=delta)
+    for (g, part, quantized), (width,) in pieces((grad, x, out), (cell,)):
+        g.addcmul_(g.abs(), (part - quantized).mul_(1.0 / width), value=delta)
 
 
 def straight_through_gradients(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -25,7 +25,7 @@ from .. import grid
 from ..errors import SpecError
 from ..schedule import Schedule, logarithmic
 from .base import Bits, Estimator, LearnedStep
-from .functions import BinaryFunction, clamp_levels_, straight_through_gradients, to_grid
+from .functions import BinaryFunction, clamp_levels_, pieces, straight_through_gradients, to_grid
 from .recompute import attach
 
 
@@ -71,7 +71,7 @@ class PEGE(LearnedStep):
         scale, step_gradient_scale = self._viewed(self.scale(), x), self.step_gradient_scale(x)
         if self.binary:
             self._error = self.discretization_error(x) if self.weight else None
-            mask = _bernoulli(x, *_draw_bytes(x, self.replaced)) > 0 if self.replaced < 1 else None
+            mask = torch.lt(*_draw_bytes(x, self.replaced)) if self.replaced < 1 else None
             return BinaryFunction.apply(x, scale, self.delta, step_gradient_scale, mask)
         bounds = self._shift(x), self.quant_min, self.quant_max
         out, self._error = ProgressiveFunction.apply(
@@ -111,23 +111,26 @@ class ProgressiveFunction(torch.autograd.Function):
     def forward(ctx, x, scale, zero_point, quant_min, quant_max, delta, gradient_scale, replaced, with_error):
         drawn = _draw_bytes(x, replaced) if replaced < 1 else None
 
-        def compute(x, with_error=False):
-            u = x * (1.0 / scale)
-            levels = clamp_levels_(u.round(), zero_point, quant_min, quant_max)
-            error = torch.linalg.vector_norm(u - levels).square() / x.numel() if with_error else None
-            if drawn is None:
-                out = levels.mul_(scale)
-            else:
-                # In units of the step a number and its level are so near that their difference is exact.
-                u = clamp_levels_(u, zero_point, quant_min, quant_max)
-                out = u.add_(levels.sub_(u).mul_(_bernoulli(x, *drawn))).mul_(scale)
-            return (out, error) if with_error else out
+        def compute(x, errors=None):
+            result, sources = torch.empty_like(x), (x,) if drawn is None else (x, drawn[0])
+            for (out, part, *byte), (s, z) in pieces((result, *sources), (scale, zero_point)):
+                u = part * (1.0 / s)
+                levels = clamp_levels_(u.round(), z, quant_min, quant_max)
+                if errors is not None:
+                    errors.append((u - levels).square_().sum())
+                if drawn is not None:
+                    # In units of the step a number and its level are so near that their difference is exact.
+                    u = clamp_levels_(u, z, quant_min, quant_max)
+                    levels = u.add_(levels.sub_(u).mul_(byte[0].to(u.dtype).lt_(drawn[1])))
+                torch.mul(levels, s, out=out)
+            return result
 
-        out, error = compute(x, True) if with_error else (compute(x), None)
+        errors = [] if with_error else None
+        out = compute(x, errors)
+        error = torch.stack(errors).sum() / x.numel() if with_error else None
         ctx.output = attach(out, compute)
         ctx.save_for_backward(x, scale, zero_point)
         ctx.set_materialize_grads(False)
-        ctx.all_replaced = replaced >= 1
         ctx.options = quant_min, quant_max, delta, gradient_scale
         return out, error
 
@@ -136,26 +139,22 @@ class ProgressiveFunction(torch.autograd.Function):
         grad_x = grad_scale = grad_zero = None
         x, scale, zero_point = ctx.saved_tensors
         quant_min, quant_max, *_ = ctx.options
-        if grad_error is not None:
-            nearest = ctx.output(x) if ctx.all_replaced else to_grid(x, scale, zero_point, quant_min, quant_max)
-            distance = torch.sub(nearest, x).mul_(grad_error * (-2.0 / x.numel()) / scale.square())
         if grad is not None:
             grad_x, grad_scale, grad_zero = straight_through_gradients(ctx, grad)
         if grad_error is not None:
-            grad_x = distance if grad_x is None else grad_x.add_(distance)
+            grad_x = torch.zeros_like(x) if grad_x is None else grad_x
+            factor = grad_error * (-2.0 / x.numel())
+            for (g, part), (s, z) in pieces((grad_x, x), (scale, zero_point)):
+                g.add_(to_grid(part, s, z, quant_min, quant_max).sub_(part).mul_(factor / s.square()))
         return grad_x, grad_scale, grad_zero, *[None] * 6
 
 
 def _draw_bytes(like: Tensor, share: float) -> tuple[Tensor, float]:
-    """A random byte for each element of ``like``, [n], and a threshold that it is below with probability ``share``.
+    """Random bytes, of the shape of ``like``, and a threshold that each is below with probability ``share``.
 
     A quarter of what a float of its own costs to draw; the threshold of all, a whole number of 256ths, is itself drawn
     such that the probability is exact.
     """
     words = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=like.device).random_(-(2**63), None)
-    return words.view(torch.uint8)[: like.numel()], math.floor(256 * share + float(torch.rand(())))
-
-
-def _bernoulli(like: Tensor, drawn: Tensor, threshold: float) -> Tensor:
-    """1 where the byte is below the threshold, else 0, a tensor like ``like``."""
-    return drawn.view(like.shape).to(like.dtype).lt_(threshold)
+    drawn = words.view(torch.uint8)[: like.numel()].view(like.shape)
+    return drawn, float(math.floor(256 * share + float(torch.rand(()))))
