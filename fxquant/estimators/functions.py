@@ -119,7 +119,10 @@ def zero_point_gradient(grad: Tensor, grad_inside: Tensor, scale: Tensor, zero_p
 def scale_elementwise_(grad: Tensor, x: Tensor, out: Tensor, cell: Tensor, delta: float) -> None:
     """``g·(1 + δ·sign(g)·(x - out)/cell)``, in place: EWGS (CVPR 2021, arXiv 2104.00903, equation 6)."""
     for (g, part, quantized), (width,) in pieces((grad, x, out), (cell,)):
-        g.addcmul_(g.abs(), (part - quantized).mul_(1.0 / width), value=delta)
+        if is_at_hand(width):
+            g.addcmul_(g.abs(), part - quantized, value=delta / float(width))
+        else:
+            g.addcmul_(g.abs(), (part - quantized).mul_(1.0 / width), value=delta)
 
 
 def straight_through_gradients(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

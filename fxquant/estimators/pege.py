@@ -25,7 +25,7 @@ from .. import grid
 from ..errors import SpecError
 from ..schedule import Schedule, logarithmic
 from .base import Bits, Estimator, LearnedStep
-from .functions import BinaryFunction, clamp_levels_, pieces, straight_through_gradients, to_grid
+from .functions import BinaryFunction, clamp_levels_, is_at_hand, pieces, straight_through_gradients, to_grid
 from .recompute import attach
 
 
@@ -117,11 +117,12 @@ class ProgressiveFunction(torch.autograd.Function):
                 u = part * (1.0 / s)
                 levels = clamp_levels_(u.round(), z, quant_min, quant_max)
                 if errors is not None:
-                    errors.append((u - levels).square_().sum())
+                    difference = (levels - u).reshape(-1)
+                    errors.append(torch.dot(difference, difference))
                 if drawn is not None:
                     # In units of the step a number and its level are so near that their difference is exact.
                     u = clamp_levels_(u, z, quant_min, quant_max)
-                    levels = u.add_(levels.sub_(u).mul_(byte[0].to(u.dtype).lt_(drawn[1])))
+                    levels = u.addcmul_(levels.sub_(u), byte[0].to(u.dtype).lt_(drawn[1]))
                 torch.mul(levels, s, out=out)
             return result
 
@@ -145,7 +146,8 @@ class ProgressiveFunction(torch.autograd.Function):
             grad_x = torch.zeros_like(x) if grad_x is None else grad_x
             factor = grad_error * (-2.0 / x.numel())
             for (g, part), (s, z) in pieces((grad_x, x), (scale, zero_point)):
-                g.add_(to_grid(part, s, z, quant_min, quant_max).sub_(part).mul_(factor / s.square()))
+                distance, times = to_grid(part, s, z, quant_min, quant_max).sub_(part), factor / s.square()
+                g.add_(distance, alpha=float(times)) if is_at_hand(times) else g.addcmul_(distance, times)
         return grad_x, grad_scale, grad_zero, *[None] * 6
 
 
