@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError, OutputFolderError
-from .files import write_whole
+from .files import is_partial, remove_partial, write_bytes
 from .recipe import Recipe, RecipeError, parse_recipe
 
 CHECKPOINT, PACKED_MODEL, FLOAT_MODEL, ONNX_MODEL, RESULT, RECIPE, RULES = (
@@ -29,16 +30,19 @@ _CHECKPOINT_FORMAT = "fxquant-checkpoint-1"
 def claim_output(folder: Path, resume: bool) -> None:
     """Make sure that ``folder`` can take a run's files; nothing is created yet.
 
+    Temporary files of a run that was killed while it wrote are removed.
+
     Raises:
         OutputFolderError: where it holds something and ``resume`` was not asked for, or cannot be written.
     """
     try:
-        found = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+        found = sorted(p.name for p in folder.iterdir() if not is_partial(p)) if folder.exists() else []
         if found and not resume:
             raise OutputFolderError(
                 f"{folder} is not empty (it holds {', '.join(found[:5])}); pass --resume to go on with the run in "
                 "it, or name another --output"
             )
+        remove_partial(folder)
     except OSError as error:
         raise OutputFolderError(f"{folder} cannot be used for output: {error.strerror}") from None
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -65,7 +69,9 @@ def read_result(folder: Path) -> dict[str, Any]:
 def save_checkpoint(folder: Path, recipe: Recipe, state: dict[str, Any]) -> None:
     """Write the state of a run, of tensors and plain values only."""
     content = {"format": _CHECKPOINT_FORMAT, "recipe": recipe.to_json(), **state}
-    write_whole(folder / CHECKPOINT, lambda p: torch.save(content, p))
+    buffer = io.BytesIO()  # torch.save into a file makes a full disk an error of its own kind, without a number
+    torch.save(content, buffer)
+    write_bytes(folder / CHECKPOINT, buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -100,6 +106,8 @@ def checkpoint_for(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     path, begun = folder / CHECKPOINT, folder / RECIPE
     if not path.exists():
         if not begun.exists():
+            if not folder.exists() or not any(folder.iterdir()):
+                return None  # cut before it wrote anything
             raise CheckpointError(
                 f"--resume was asked for, but {folder} holds no {CHECKPOINT}; name the folder of the run"
             )
@@ -113,6 +121,21 @@ def checkpoint_for(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
             "same recipe, seed and --set, or name another --output"
         )
     return content
+
+
+def left_in(folder: Path) -> str:
+    """What a run that broke off left to go on from, in words.
+
+    Raises:
+        CheckpointError: where its checkpoint cannot be read.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return f"no epoch was finished, so {folder} holds no checkpoint yet"
+    content = load_checkpoint(path)
+    recipe = stored_recipe(content["recipe"], path)
+    section = recipe.float_training if content["stage"] == "float" else recipe.train
+    return f"{path} holds epoch {content['epochs_done']} of {section.epochs} of {content['stage']} training"
 
 
 def holds_run_of(folder: Path, recipe: Recipe) -> bool:
@@ -150,8 +173,10 @@ def _differing_keys(stored: str, recipe: Recipe) -> list[str]:
 
 
 def _what_matters(recipe: str) -> dict[str, Any]:
-    """A recipe without where its images lie and how they are read: the run is the same."""
+    """A recipe without where its images lie and how they are read, and what it does about a divergence: of a run that
+    has come so far, nothing would be different."""
     values = json.loads(recipe)
+    values.pop("divergence", None)
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("dir", "cache", "workers")}
     return values
 

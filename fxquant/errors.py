@@ -54,6 +54,18 @@ class OutputFolderError(FxQuantError, RuntimeError):
     """An output folder that already holds something, or cannot be written."""
 
 
+class WriteError(OutputFolderError):
+    """A file that cannot be written: a full disk, a folder without permission. The one before it is unchanged."""
+
+
+class DataWorkerError(FxQuantError, RuntimeError):
+    """A process that read images was killed or died."""
+
+
+class DivergenceError(FxQuantError, RuntimeError):
+    """A training whose loss became NaN or infinite, or exploded; names the layer that went first."""
+
+
 class NotFrozenError(FxQuantError, RuntimeError):
     """A prepared model that is asked for its integers before :func:`fxquant.freeze`."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,12 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import EmptyDataError, FxQuantError, SpecError
-from .files import write_whole
+from .files import write_bytes
 
 SIZE = 32  # height and width
 _BINARY = "cifar-10-batches-bin"
@@ -242,9 +241,7 @@ def _cached(source: Path, part: str, cache: Path | None) -> Pixels:
     pixels = _decode(source)
     notes = {"format": _FORMAT, "origin": origin, "classes": json.dumps(pixels.classes)}
     tensors = {"images": pixels.images, "labels": pixels.labels}
-    own = path.with_name(f".{path.stem}.{os.getpid()}")  # runs that start together may share a cache
-    write_whole(own, lambda p: save_file(tensors, p, metadata=notes))
-    os.replace(own, path)
+    write_bytes(path, save(tensors, notes))
     return pixels
 
 

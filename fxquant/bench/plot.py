@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from pathlib import Path
 
-from ..files import write_whole
+from ..files import write_bytes
 from .contender import ORT
 from .result import Result
 
@@ -43,4 +44,6 @@ def draw(result: Result, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
     figure.suptitle(f"{result.run or result.model}: {result.clock}, median and quartiles", fontsize=10)
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_bytes(path, image.getbuffer())

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from .. import grid
 from ..errors import FxQuantError, SpecError, UnknownNameError
-from ..files import write_whole
+from ..files import write_bytes
 from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
 from ..prepare import prepared_info
 
@@ -90,7 +90,7 @@ def export_onnx(
     _narrow_weights(model, two_bit)
     onnx.checker.check_model(model, full_check=True)
     content = model.SerializeToString()
-    write_whole(Path(path), lambda p: p.write_bytes(content))
+    write_bytes(Path(path), content)
 
 
 def export_program(model: nn.Module, example: Tensor, path: Path | None = None, what: str = "this model"):

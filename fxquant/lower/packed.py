@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 from .. import grid
 from ..convert import blank_reference, load_tensors
 from ..errors import CheckpointError, FxQuantError, SpecError
-from ..files import write_whole
+from ..files import write_bytes
 from ..integer import IntegerConv2d, IntegerLinear
 from ..prepare import prepared_info
 from ..spec import Rule
@@ -76,7 +76,7 @@ def save(reference: fx.GraphModule, path: str | Path, *, notes: Mapping[str, str
     metadata = {"format": FORMAT, "version": VERSION, "model": model, "notes": json.dumps(dict(notes or {}))}
     metadata["sha256"] = _checksum(metadata, tensors)
     content = safetensors.torch.save({name: t.clone() for name, t in tensors.items()}, metadata)
-    write_whole(Path(path), lambda p: p.write_bytes(content))
+    write_bytes(Path(path), content)
 
 
 def load(path: str | Path, model: nn.Module) -> fx.GraphModule:
