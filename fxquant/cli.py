@@ -15,8 +15,9 @@ from torch import fx
 from typer.core import TyperGroup
 
 from . import checkpoint, report
-from .errors import FxQuantError, ParityError
+from .errors import DataWorkerError, DivergenceError, FxQuantError, ParityError, WriteError
 from .files import write_json, write_text
+from .interruption import STATUS, how_to_go_on, terminable
 from .lower import operators
 from .lower.onnx import TWO_BIT_FORMS
 from .recipe import Recipe, RecipeError, load_recipe
@@ -52,7 +53,8 @@ Seed = Annotated[int | None, typer.Option(help="replaces the recipe's seed")]
 
 
 def main() -> None:
-    """Entry point: the errors users can mend become one message and exit status 2, failed parity status 3."""
+    """Entry point: the errors users can mend become one message and exit status 2, failed parity status 3, a process
+    that was killed from outside status 1."""
     # torch.ao's notices of its own removal are for fxquant, not for its users.
     warnings.filterwarnings("ignore", message=r".*deprecated", module=r"torch\..*")
     try:
@@ -63,7 +65,7 @@ def main() -> None:
     except FxQuantError as error:
         err.print("[bold red]error:[/] ", end="")
         err.print(str(error), markup=False)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, DataWorkerError) else 2)
 
 
 @app.command("ls")
@@ -116,16 +118,21 @@ def run(
     overrides: Overrides = None,
 ) -> None:
     """Train a recipe, convert, lower, verify, and leave model.fxq and result.json in --output."""
-    from .train import run as run_recipe
-
     resolved = load_recipe(recipe, overrides, seed)
     folder = output or Path("runs") / resolved.name
     try:
-        with _Bars(out) as bars:
-            outcome = run_recipe(resolved, folder, resume=resume, progress=bars)
-    except KeyboardInterrupt:
-        err.print(f"interrupted; go on from the last finished epoch with --resume --output {folder}", markup=False)
-        raise typer.Exit(130) from None
+        with terminable():
+            from .train import run as run_recipe
+
+            with _Bars(out) as bars:
+                outcome = run_recipe(resolved, folder, resume=resume, progress=bars)
+    except KeyboardInterrupt as interrupt:
+        how = "interrupted" if type(interrupt) is KeyboardInterrupt else "terminated"
+        err.print(f"{how}; {how_to_go_on(folder)}", markup=False)
+        raise typer.Exit(STATUS[type(interrupt)]) from None
+    except (WriteError, DataWorkerError, DivergenceError):
+        err.print(how_to_go_on(folder), markup=False)
+        raise
     if not resolved.quantizes:
         accuracy = outcome.result["float_accuracy"]
         out.print(f"{resolved.name}, seed {resolved.seed}: float, {accuracy:.2f} %; written to {folder}", markup=False)
@@ -471,6 +478,9 @@ class _Bars:
 
     def prepared(self, model: fx.GraphModule) -> None:
         self.bars.console.print(report.layer_table(model, "Prepared: which rule each layer got"))
+
+    def note(self, text: str) -> None:
+        self.bars.console.print(text, markup=False)
 
 
 __all__: list[str] = ["app", "main"]

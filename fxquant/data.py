@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
-from .errors import EmptyDataError, FxQuantError, SpecError, UnknownNameError
+from .errors import DataWorkerError, EmptyDataError, FxQuantError, SpecError, UnknownNameError
 from .pixels import Augmentation, PixelBatches, kept_for_validation, read_cifar10
 
 _SPLIT_SEED = 0  # the held-out images are the same whatever the seed of a run
@@ -440,6 +440,25 @@ def open_data(
             cache=None if cache is None else Path(cache).expanduser(),
         )
     return TimmData(name, root, config, image_size=image_size, **options)
+
+
+@contextlib.contextmanager
+def dead_workers_in_words() -> Iterator[None]:
+    """Whatever runs inside may lose a process that reads images; torch says so in the middle of anything.
+
+    Raises:
+        DataWorkerError: in the place of torch's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0].rstrip(" .")
+        raise DataWorkerError(
+            f"a process that reads images is gone ({reason}); often the memory was not enough. Resume, with fewer "
+            "processes (--set data.workers=N; 0 reads in the main one) where it happens again"
+        ) from error
 
 
 _SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))  # never "test": it is another

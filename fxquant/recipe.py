@@ -220,6 +220,20 @@ class AllocationSection(_Section):
         return bits if bits[0] == bits[1] else check_width(bits)
 
 
+class DivergenceSection(_Section):
+    """``[divergence]``: what is done where a loss is NaN or infinite, or explodes; in both stages."""
+
+    action: Literal["stop", "rollback"] = Field(
+        "stop", description="rollback: go on from the last checkpoint at lower learning rates"
+    )
+    lr_factor: float = Field(0.5, gt=0, le=1, description="of the learning rates, at each rollback, to the stage's end")
+    max_rollbacks: int = Field(3, ge=1, description="of a stage; then it stops")
+    loss_factor: float | None = Field(
+        None, gt=1, description="times the lowest mean loss of an epoch: more explodes; if not given, nothing does"
+    )
+    patience: int = Field(20, ge=1, description="steps in a row above it that are taken for an explosion")
+
+
 class Recipe(_Section):
     """A whole run, resolved and checked. See the sections' classes for the keys."""
 
@@ -232,6 +246,7 @@ class Recipe(_Section):
     rules: list[RuleSection] = Field(default_factory=list)
     budget: BudgetSection = Field(default_factory=BudgetSection)
     allocation: AllocationSection | None = None
+    divergence: DivergenceSection = Field(default_factory=DivergenceSection)
     train: TrainSection | None = Field(None, description="left out, with the rules, where training is in float alone")
 
     @model_validator(mode="after")

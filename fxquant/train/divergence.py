@@ -1,42 +1,72 @@
-"""Where a training went wrong whose loss is no number any more."""
+"""Where in a model a training went wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import NonFiniteError
+from .average import averaged
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Whether parameters and BatchNorm's statistics are numbers; one wait for the device."""
+    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in averaged(model).values()]).all())
+
 
 @torch.no_grad()
-def diverged(model: nn.Module, stage: str, epoch: int, images: Tensor) -> str:
-    """The message for a loss that is no number: the first module whose output is not finite."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            where = f"{name!r} holds NaN or infinity"
-            break
-    else:
-        where = f"activations overflow, first in {_first_overflow(model, images)!r}"
-    return (
-        f"the loss is NaN or infinite in epoch {epoch + 1} of {stage} training: {where}. Lower train.lr or "
-        "train.quantizer_lr; the last checkpoint is of the epoch before"
-    )
+def first_not_finite(model: nn.Module, images: Tensor) -> str:
+    """Which module was the first to be NaN or infinite, in words.
+
+    Where parameters are, they became so in the backward pass of the step before, which runs from the loss to the
+    images: of these layers the one nearest to the loss went first. Otherwise activations overflow, and the first module
+    in the order of the forward pass went first.
+    """
+    called, overflows = _watched(model, images)
+    spoilt = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if spoilt:
+        name = max(reversed(spoilt), key=lambda name: called.get(name.rpartition(".")[0], -1))
+        return f"{name!r} holds NaN or infinity, by the gradient of the step before"
+    if overflows is not None:
+        return f"activations overflow, first in {overflows!r}"
+    return "every activation is finite, the loss itself is not"
 
 
-def _first_overflow(model: nn.Module, images: Tensor) -> str:
-    found: list[str] = []
+def _watched(model: nn.Module, images: Tensor) -> tuple[dict[str, int], str | None]:
+    """The modules in the order in which they were called, and the first one whose output is not finite."""
+    called: dict[str, int] = {}
+    overflows: list[str] = []
 
-    def watch(name: str) -> Callable:
-        def hook(module, args, out):
-            if isinstance(out, Tensor) and not found and not torch.isfinite(out).all():
-                found.append(name)
+    def watch(name: str, module: nn.Module) -> list:
+        def before(module, args):
+            called.setdefault(name, len(called))
 
-        return hook
+        def after(module, args, out):
+            if isinstance(out, Tensor) and out.is_floating_point() and not overflows and not out.isfinite().all():
+                overflows.append(name)
 
-    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if not list(m.children())]
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+    handles = [handle for name, module in model.named_modules() if name for handle in watch(name, module)]
     try:
-        model(images)
+        with contextlib.suppress(NonFiniteError):  # of a quantizer that has to set its range
+            model(images)
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "the loss itself"
+    return called, overflows[0] if overflows else None
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights of every layer, for :func:`furthest`."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.ndim > 1}
+
+
+def furthest(model: nn.Module, before: dict[str, Tensor]) -> str:
+    """Which layer's weights have moved most since ``before``, as a share of their norm, in words."""
+    now = dict(model.named_parameters())
+    moved = {name: float((now[name].detach() - w).norm() / w.norm()) for name, w in before.items() if w.any()}
+    name = max(moved, key=moved.get)
+    return f"furthest from where the epoch began are the weights {name!r}, by {moved[name]:.3g} times their norm"

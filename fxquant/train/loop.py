@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable
@@ -16,11 +15,10 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..data import Loader
-from ..errors import NonFiniteError
 from ..recipe import Recipe
 from ..schedule import Schedule, cosine, linear
 from .build import make_optimizer
-from .divergence import diverged
+from .guard import Guard
 from .keeper import Keeper
 from .progress import Progress
 
@@ -98,26 +96,44 @@ class Loop:
         accelerator: device and wrapping of model and optimizer.
         progress: who watches.
         started: ``time.perf_counter()`` at which the run began, less what it took before it was cut.
+        guard: of the run, against divergence.
     """
 
-    def __init__(self, recipe: Recipe, output: Path, accelerator: Accelerator, progress: Progress, started: float):
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        accelerator: Accelerator,
+        progress: Progress,
+        started: float,
+        guard: Guard,
+    ):
         self.recipe, self.output, self.accelerator, self.progress = recipe, output, accelerator, progress
-        self.started = started
+        self.started, self.guard = started, guard
 
     def train(self, stage: Stage, state: dict[str, Any] | None = None) -> None:
         """Train a stage to its end, from its beginning or from the checkpoint ``state``.
 
         Raises:
-            NonFiniteError: where the loss is no number any more, with the module.
+            Diverged: where the loss is no number any more, or explodes, with the layer.
         """
         optimizer = make_optimizer(stage.groups, stage.optimizer)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, stage.schedule)
+        guard = self.guard
+
+        def scaled(step: int) -> float:
+            return guard.lr_scale(stage.name) * stage.schedule(step)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scaled)
         parts = {"model": stage.model, "optimizer": optimizer, "scheduler": scheduler, "history": stage.history}
-        parts |= {"keeper": stage.keeper, **stage.kept}
+        parts |= {"keeper": stage.keeper, "divergence": guard, **stage.kept}
         first = 0
+        guard.begin_stage()
         if state:
+            state = {"divergence": guard.state_dict()} | state  # an older version's checkpoint has none
             for name, part in parts.items():
                 part.load_state_dict(state[name])
+            for group, lr in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
+                group["lr"] = lr * scaled(scheduler.last_epoch)  # after a rollback not what the checkpoint says
             _restore_random(state["random"])
             first = state["epochs_done"]
         wrapped, prepared = self.accelerator.prepare(stage.model, optimizer)
@@ -125,11 +141,14 @@ class Loop:
         for epoch in range(first, stage.epochs):
             stage.loader.epoch = epoch
             wrapped.train()
+            guard.begin_epoch(stage.model)
             for images, labels in stage.loader:
-                shown = self._step(stage, epoch, wrapped, prepared, images, labels)
+                place = (stage.name, epoch + 1, scheduler.last_epoch + 1)
+                shown = self._step(stage, place, wrapped, prepared, images, labels)
                 scheduler.step()
                 stage.after_step()
                 self.progress.step(shown)
+            guard.end_epoch(place, stage.model, images.to(self.accelerator.device))
             shown |= stage.keeper.after_epoch(epoch + 1)
             stage.history.epochs.append({"epoch": epoch + 1, **shown})
             stage.after_epoch(epoch + 1)
@@ -139,14 +158,14 @@ class Loop:
             checkpoint.save_checkpoint(self.output, self.recipe, saved)
         stage.keeper.restore()
 
-    def _step(self, stage, epoch, model, optimizer, images, labels) -> dict[str, float]:
+    def _step(self, stage, place, model, optimizer, images, labels) -> dict[str, float]:
         device = self.accelerator.device
         images, labels = images.to(device), labels.to(device)
-        with torch.autocast(device.type, stage.autocast, enabled=stage.autocast != torch.float32):
+        cast = torch.autocast(device.type, stage.autocast, enabled=stage.autocast != torch.float32)
+        with cast, self.guard.forward(place):
             loss, shown = stage.objective(model, images, labels)
-        shown = _numbers(shown)
-        if not all(map(math.isfinite, shown.values())):
-            raise NonFiniteError(diverged(stage.model, stage.name, epoch, images))
+        value, shown = _numbers(loss, shown)
+        self.guard.check(place, stage.model, images, value, shown)
         optimizer.zero_grad()
         self.accelerator.backward(loss)
         optimizer.step()
@@ -168,17 +187,24 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
-    """Scalars as numbers, with one wait for the device; parts of the objective that are 0, being off, are left out."""
-    values = torch.stack([value.detach().float() for value in scalars.values()]).tolist()
-    return {name: value for name, value in zip(scalars, values, strict=True) if name == "total" or value != 0}
+def _numbers(loss: Tensor, scalars: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
+    """The loss and scalars as numbers, with one wait for the device; parts of the objective that are 0, being off, are
+    left out."""
+    total, *values = torch.stack([value.detach().float() for value in (loss, *scalars.values())]).tolist()
+    return total, {name: value for name, value in zip(scalars, values, strict=True) if name == "total" or value != 0}
 
 
 def _random_state() -> dict[str, Any]:
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    """Of every generator there is, in plain values: numpy's keys are an array, which no checkpoint holds."""
+    name, keys, *rest = np.random.get_state()
+    states = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    return states | {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
 
 
 def _restore_random(state: dict[str, Any]) -> None:
+    if "python" in state:  # an older version's checkpoint has torch's alone
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])

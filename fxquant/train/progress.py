@@ -19,6 +19,9 @@ class Progress(Protocol):
     def prepared(self, model: fx.GraphModule) -> None:
         """The model is prepared: who got which bits can be shown before training."""
 
+    def note(self, text: str) -> None:
+        """Something happened that is worth a line."""
+
 
 class Silent:
     """Tells nobody."""
@@ -30,4 +33,7 @@ class Silent:
         pass
 
     def prepared(self, model: fx.GraphModule) -> None:
+        pass
+
+    def note(self, text: str) -> None:
         pass

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import fx, nn
 
 from .. import checkpoint, cost
@@ -18,10 +18,10 @@ from ..allocate import require_allocatable
 from ..analyze import analyze
 from ..controller import Controller, param_groups
 from ..convert import convert
-from ..data import Data
+from ..data import Data, dead_workers_in_words
 from ..dynamics import CapacityRecorder
 from ..errors import FxQuantError
-from ..files import write_json, write_text, write_whole
+from ..files import write_bytes, write_json, write_text
 from ..freeze import freeze, settle
 from ..loss import QATLoss
 from ..lower import LoweredLayer, onnx, operators, packed, require_backend
@@ -34,6 +34,7 @@ from .allocation import ChosenRules, allocate_for, rules_of
 from .average import WeightAverage
 from .build import build_model, make_optimizer, model_and_data, prepared_with, prepared_without_data, statistics_images
 from .evaluate import accuracy, predictions
+from .guard import Diverged, Guard
 from .keeper import Keeper
 from .loop import History, Loop, Stage, learning_rate, seed_everything
 from .progress import Progress, Silent
@@ -51,6 +52,7 @@ class RunOutcome:
     lowered: dict[str, fx.GraphModule | onnx.OnnxModel | onnx.OpenVinoModel] = field(default_factory=dict)
 
 
+@dead_workers_in_words()
 def run(recipe: Recipe, output: Path, *, resume: bool = False, progress: Progress | None = None) -> RunOutcome:
     """Carry out a recipe and leave its files in ``output``; see :func:`fxquant.checkpoint.claim_output`.
 
@@ -61,16 +63,26 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, progress: Progres
     Raises:
         FxQuantError: for anything a user can mend. Parity is in the outcome's report, for the caller to judge.
     """
+    progress = progress or Silent()
     checkpoint.claim_output(output, resume)
     state = checkpoint.checkpoint_for(output, recipe) if resume else None
-    return _Run(recipe, output, progress or Silent()).execute(state)
+    if resume and state is None:
+        progress.note(f"{output} holds no checkpoint yet; starting from the beginning")
+    guard = Guard(recipe.divergence)
+    while True:
+        try:
+            return _Run(recipe, output, progress, guard).execute(state)
+        except Diverged as diverged:
+            rollback = guard.roll_back(diverged)
+        progress.note(rollback)
+        state = checkpoint.checkpoint_for(output, recipe)  # None before the first: from the beginning
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, output: Path, progress: Progress):
+    def __init__(self, recipe: Recipe, output: Path, progress: Progress, guard: Guard):
         from accelerate import Accelerator
 
-        self.recipe, self.output, self.progress = recipe, output, progress
+        self.recipe, self.output, self.progress, self.guard = recipe, output, progress, guard
         self.started = time.perf_counter()
         self.accelerator = Accelerator()
         if self.accelerator.num_processes > 1:
@@ -132,7 +144,7 @@ class _Run:
 
     def _leave_float(self, float_accuracy: float) -> RunOutcome:
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.float_model.state_dict().items()}
-        write_whole(self.output / checkpoint.FLOAT_MODEL, lambda p: save_file(weights, p))
+        write_bytes(self.output / checkpoint.FLOAT_MODEL, save(weights))
         result = self._header() | {"estimator": None, "float_accuracy": float_accuracy, "lowered": {}}
         result["history"] = self.float_history.epochs
         result |= self._footer()
@@ -267,7 +279,7 @@ class _Run:
         return Keeper(model, average, self.data.validation() if section.select == "best" else None, final)
 
     def _loop(self) -> Loop:
-        return Loop(self.recipe, self.output, self.accelerator, self.progress, self.started)
+        return Loop(self.recipe, self.output, self.accelerator, self.progress, self.started, self.guard)
 
     # ---- result ------------------------------------------------------------------------------------------
 
@@ -323,6 +335,7 @@ class _Run:
 
     def _footer(self) -> dict[str, Any]:
         return {
+            "rollbacks": self.guard.rollbacks,
             "seconds": time.perf_counter() - self.started,
             "torch": torch.__version__,
         }
