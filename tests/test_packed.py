@@ -116,6 +116,14 @@ def test_notes_are_kept(tmp_path):
         packed.read_notes(rewritten(tmp_path / "x.fxq", lambda m, d, t: m.update(notes="[]")))
 
 
+def test_equal_models_are_equal_files(tmp_path):
+    model = reference()
+    for index in range(8):
+        packed.save(model, tmp_path / f"{index}.fxq", notes={"é": 'a "word"'})
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert packed.read_notes(tmp_path / "0.fxq") == {"é": 'a "word"'}
+
+
 def test_a_model_whose_weights_start_at_zero_can_be_loaded_into(tmp_path):
     before = reference()
     fq.save(before, tmp_path / "x.fxq")

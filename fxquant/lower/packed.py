@@ -76,7 +76,18 @@ def save(reference: fx.GraphModule, path: str | Path, *, notes: Mapping[str, str
     metadata = {"format": FORMAT, "version": VERSION, "model": model, "notes": json.dumps(dict(notes or {}))}
     metadata["sha256"] = _checksum(metadata, tensors)
     content = safetensors.torch.save({name: t.clone() for name, t in tensors.items()}, metadata)
-    write_bytes(Path(path), content)
+    write_bytes(Path(path), _metadata_in_order(content))
+
+
+def _metadata_in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata in the order of their keys, so that equal models are equal files: the
+    library's own order is another each time. The header is JSON after its length, 8 bytes, and padded to a multiple."""
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[begin:]
 
 
 def load(path: str | Path, model: nn.Module) -> fx.GraphModule:
