@@ -7,7 +7,6 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from ..errors import NonFiniteError
 from .average import averaged
 
 
@@ -23,6 +22,10 @@ def first_not_finite(model: nn.Module, images: Tensor) -> str:
     Where parameters are, they became so in the backward pass of the step before, which runs from the loss to the
     images: of these layers the one nearest to the loss went first. Otherwise activations overflow, and the first module
     in the order of the forward pass went first.
+
+    Args:
+        model: in training; its statistics and ranges take the batch in.
+        images: a batch, on any device.
     """
     called, overflows = _watched(model, images)
     spoilt = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
@@ -51,8 +54,8 @@ def _watched(model: nn.Module, images: Tensor) -> tuple[dict[str, int], str | No
 
     handles = [handle for name, module in model.named_modules() if name for handle in watch(name, module)]
     try:
-        with contextlib.suppress(NonFiniteError):  # of a quantizer that has to set its range
-            model(images)
+        with contextlib.suppress(Exception):  # of a quantizer that makes a range or a whole width of what is no number
+            model(images.to(next(model.parameters()).device))
     finally:
         for handle in handles:
             handle.remove()

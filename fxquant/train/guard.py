@@ -66,16 +66,23 @@ class Guard:
         self.weights = weights_of(model) if self.section.loss_factor else {}
 
     @contextlib.contextmanager
-    def forward(self, place: Place) -> Iterator[None]:
-        """Around the forward pass of a step: a quantizer may have to set its range from what is no number.
+    def watch(self, place: Place, model: nn.Module, images: Tensor) -> Iterator[None]:
+        """Around a step and what follows on it: where a whole width or a range is made of what is no number, it fails
+        before there is a loss.
 
         Raises:
-            Diverged: in the place of NonFiniteError.
+            Diverged: in the place of NonFiniteError, and of any error of a model whose weights are not finite.
         """
         try:
             yield
-        except NonFiniteError as error:
-            raise Diverged(*place, str(error)) from error
+        except Diverged:
+            raise
+        except Exception as error:
+            if not all_finite(model):
+                raise Diverged(*place, first_not_finite(model, images)) from error
+            if isinstance(error, NonFiniteError):
+                raise Diverged(*place, str(error)) from error
+            raise
 
     def check(self, place: Place, model: nn.Module, images: Tensor, loss: float, parts: dict[str, float]) -> None:
         """Judge the loss of a step before it is taken.

@@ -144,11 +144,12 @@ class Loop:
             guard.begin_epoch(stage.model)
             for images, labels in stage.loader:
                 place = (stage.name, epoch + 1, scheduler.last_epoch + 1)
-                shown = self._step(stage, place, wrapped, prepared, images, labels)
-                scheduler.step()
-                stage.after_step()
+                with guard.watch(place, stage.model, images):
+                    shown = self._step(stage, place, wrapped, prepared, images, labels)
+                    scheduler.step()
+                    stage.after_step()
                 self.progress.step(shown)
-            guard.end_epoch(place, stage.model, images.to(self.accelerator.device))
+            guard.end_epoch(place, stage.model, images)
             shown |= stage.keeper.after_epoch(epoch + 1)
             stage.history.epochs.append({"epoch": epoch + 1, **shown})
             stage.after_epoch(epoch + 1)
@@ -161,8 +162,7 @@ class Loop:
     def _step(self, stage, place, model, optimizer, images, labels) -> dict[str, float]:
         device = self.accelerator.device
         images, labels = images.to(device), labels.to(device)
-        cast = torch.autocast(device.type, stage.autocast, enabled=stage.autocast != torch.float32)
-        with cast, self.guard.forward(place):
+        with torch.autocast(device.type, stage.autocast, enabled=stage.autocast != torch.float32):
             loss, shown = stage.objective(model, images, labels)
         value, shown = _numbers(loss, shown)
         self.guard.check(place, stage.model, images, value, shown)
