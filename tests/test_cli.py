@@ -151,7 +151,8 @@ def test_bad_input_is_one_message_and_leaves_nothing(arguments, message, tmp_pat
     assert not (tmp_path / "out" / "result.json").exists()
 
 
-def test_interrupt_keeps_the_last_epoch_and_resume_goes_on(tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_keeps_the_last_epoch_and_resume_goes_on(number, status, tmp_path):
     folder = tmp_path / "run"
     command = ["run", "recipes/digits_w4a4_nipq.toml", "--output", folder, "--set", "train.epochs=2", *SHORT[:2]]
     arguments = [sys.executable, "-m", "fxquant", *map(str, command)]
@@ -167,12 +168,16 @@ def test_interrupt_keeps_the_last_epoch_and_resume_goes_on(tmp_path):
     while not (folder / "checkpoint.pt").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate()
-    assert process.returncode == 130
-    assert f"--resume --output {folder}" in stderr.decode()
+    assert process.returncode == status
+    said = f"{folder / 'checkpoint.pt'} holds epoch 1 of 1 of float training. Go on with: fxquant run recipes/digits"
+    assert said in stderr.decode()
+    assert "Traceback" not in stderr.decode()
     assert not (folder / "result.json").exists()
-    assert not list(folder.glob("*.partial"))
+    assert not list(folder.glob(".*"))
+    if number == signal.SIGTERM:
+        return
     assert fxquant(*command, "--resume").returncode == 0
     assert (folder / "result.json").exists()
 

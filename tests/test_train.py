@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import fxquant.timm
 from fxquant import checkpoint
-from fxquant.errors import CheckpointError, FxQuantError, NonFiniteError, OutputFolderError, RuleError, SpecError
+from fxquant.errors import CheckpointError, DivergenceError, FxQuantError, OutputFolderError, RuleError, SpecError
 from fxquant.files import write_json
 from fxquant.lower import packed
 from fxquant.recipe import load_recipe
@@ -130,7 +130,7 @@ def test_learned_widths_move_and_end_inside_the_budget(tmp_path):
 
 def test_diverging_training_says_where(tmp_path):
     recipe = load_recipe(RECIPES / "digits_w4a4_nipq.toml", ["float.epochs=1", "float.lr=1e30"])
-    with pytest.raises(NonFiniteError, match=r"loss is NaN or infinite in epoch 1 of float training: .*Lower train.lr"):
+    with pytest.raises(DivergenceError, match=r"epoch 1 of float training, step 2, the loss is NaN .*Lower float\.lr"):
         run(recipe, tmp_path / "run")
 
 
