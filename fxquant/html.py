@@ -87,7 +87,8 @@ def _head(data: dict[str, Any]) -> str:
         f'<div class="card"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in cards
     )
     about = f"{data['model']}, {data['estimator']}, seed {data['seed']}, {data['seconds']:,.0f} s"
-    return f'<h1>{escape(data["recipe"])}</h1><p>{escape(about)}</p><div class="cards">{shown}</div>'
+    rollbacks = "".join(f"<p>Rolled back in {escape(rollback)}</p>" for rollback in data["rollbacks"])
+    return f'<h1>{escape(data["recipe"])}</h1><p>{escape(about)}</p>{rollbacks}<div class="cards">{shown}</div>'
 
 
 def _section(title: str, words: str, content: str) -> str:

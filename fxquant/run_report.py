@@ -38,6 +38,7 @@ def collect(folder: Path, others: list[Path]) -> dict[str, Any]:
         "layers": layers,
         "capacity": result["capacity"],
         "dynamics": read_dynamics(folder),
+        "rollbacks": [_words(rollback) for rollback in result.get("rollbacks", [])],
         "parity": result["lowered"],
         "runs": [_line(folder, result), *(_line(other, _quantized(other)) for other in others)],
     }
@@ -83,6 +84,11 @@ def _line(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     return {"run": str(folder), **{key: result[key] for key in keys}, "weights_bytes": result["weights_bytes"]["ideal"]}
 
 
+def _words(rollback: dict[str, Any]) -> str:
+    place = f"epoch {rollback['epoch']} of {rollback['stage']} training, step {rollback['step']}"
+    return f"{place}: {rollback['cause']}; learning rates times {rollback['lr_factor']:g}"
+
+
 def cut_of(capacity: dict[str, Any]) -> dict[str, str]:
     """Tensors that are in a cut, and which: those in the minimum cut, and in the smallest one between 8-bit layers."""
     marked = dict.fromkeys(capacity["layer_cut"]["tensors"], "smallest cut between 8-bit layers")
@@ -100,6 +106,8 @@ def tables(data: dict[str, Any]) -> list[Table]:
     summary.add_row("bit operations per image", f"{data['bops']:,.0f}")
     summary.add_row("bytes, float and packed", "{float:,} {ideal:,}".format(**data["weights_bytes"]))
     summary.add_row("converted equals trained, bit for bit", "yes" if data["exact"] else "NO")
+    for rollback in data["rollbacks"]:
+        summary.add_row("rolled back", rollback)
     for rank, cut in enumerate(data["capacity"]["cuts"], 1):
         summary.add_row(f"cut #{rank}", f"{_bits(cut['bits'])}: {', '.join(cut['tensors'])}")
     cut = data["capacity"]["layer_cut"]

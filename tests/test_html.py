@@ -16,7 +16,7 @@ from fxquant import html, svg
 from fxquant.cli import app
 from fxquant.dynamics import CapacityRecorder, read_dynamics
 from fxquant.errors import CheckpointError
-from fxquant.run_report import collect
+from fxquant.run_report import collect, tables
 
 NUMBERS = st.floats(0, 1e12, allow_nan=False)
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=20)
@@ -150,6 +150,17 @@ def test_tensorboard_gets_the_same_capacities(digits_run, tmp_path):
         assert [value.step for value in values] == [0, 1]
         assert values[1].value == pytest.approx(tensor["total"], rel=1e-5)
     assert events.Scalars("minimum cut/network")[0].value == pytest.approx(recorder.entries[0]["bits"], rel=1e-5)
+
+
+def test_rollbacks_are_told(run, tmp_path):
+    result = json.loads((run / "result.json").read_text())
+    assert result["rollbacks"] == []
+    result["rollbacks"] = [{"stage": "float", "epoch": 2, "step": 7, "cause": "first in '<fc>'", "lr_factor": 0.5}]
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    data = collect(tmp_path, [])
+    assert data["rollbacks"] == ["epoch 2 of float training, step 7: first in '<fc>'; learning rates times 0.5"]
+    assert "Rolled back in epoch 2 of float training, step 7: first in &#x27;&lt;fc&gt;&#x27;;" in html.page(data)
+    assert list(tables(data)[0].columns[1].cells).count(data["rollbacks"][0]) == 1
 
 
 def test_files_that_cannot_be_reported_say_so(tmp_path):

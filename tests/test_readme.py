@@ -56,12 +56,12 @@ def test_options_named_in_readme_exist():
             assert all(option in help_text for option in options), line
 
 
-def test_toml_block_is_a_recipe():
-    (block,) = blocks("toml")
-    values = tomllib.loads(block)
+def test_toml_blocks_are_a_recipe():
+    values = tomllib.loads("".join(blocks("toml")))
     base = tomllib.loads((RECIPES / values.pop("extends")).read_text(encoding="utf-8"))
     recipe = parse_recipe({"name": "readme", **base, **values}, "README.md")
     assert recipe.built_rules()[0].weight_bits == (2, 8)
+    assert recipe.divergence.action == "rollback"
 
 
 def test_recipes_named_in_readme_exist():
