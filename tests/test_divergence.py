@@ -99,7 +99,7 @@ def judge(guard, epochs):
         for loss in losses:
             step += 1
             try:
-                guard.check(("float", epoch, step), model, torch.ones(1, 2), loss, {})
+                guard.check(("float", epoch, step), model, torch.ones(1, 2), {"loss": loss})
             except Diverged as diverged:
                 return diverged.epoch, diverged.step
         guard.end_epoch(("float", epoch, step), model, torch.ones(1, 2))
@@ -114,7 +114,7 @@ def guard(**values):
 def test_a_loss_or_a_part_that_is_no_number_has_diverged(value):
     assert judge(guard(), [[2.0, 1.0], [1.0, value]]) == (2, 4)
     with pytest.raises(Diverged, match=r"in epoch 1 of quantized training, step 1, the loss is NaN or infinite: every"):
-        guard().check(PLACE, nn.Linear(2, 2), torch.ones(1, 2), 1.0, {"budget": value})
+        guard().check(PLACE, nn.Linear(2, 2), torch.ones(1, 2), {"total": 1.0, "budget": value})
 
 
 def test_a_finite_loss_has_after_so_many_steps_above_the_lowest_mean_of_an_epoch():

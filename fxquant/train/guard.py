@@ -84,18 +84,18 @@ class Guard:
                 raise Diverged(*place, str(error)) from error
             raise
 
-    def check(self, place: Place, model: nn.Module, images: Tensor, loss: float, parts: dict[str, float]) -> None:
+    def check(self, place: Place, model: nn.Module, images: Tensor, shown: dict[str, float]) -> None:
         """Judge the loss of a step before it is taken.
 
         Args:
             model, images: to find the layer with.
-            loss: of the batch.
-            parts: of the loss, by name.
+            shown: of the batch: the loss, as ``total`` or, where it is of one part, as ``loss``, and what is beside it.
 
         Raises:
             Diverged: with the layer that went first.
         """
-        if not all(map(math.isfinite, (loss, *parts.values()))):
+        loss = shown.get("total", shown.get("loss", 0.0))  # a part that is 0 is not shown
+        if not all(map(math.isfinite, shown.values())):
             raise Diverged(*place, f"the loss is NaN or infinite: {first_not_finite(model, images)}")
         self.losses.append(loss)
         if self.section.loss_factor is None:

@@ -164,8 +164,8 @@ class Loop:
         images, labels = images.to(device), labels.to(device)
         with torch.autocast(device.type, stage.autocast, enabled=stage.autocast != torch.float32):
             loss, shown = stage.objective(model, images, labels)
-        value, shown = _numbers(loss, shown)
-        self.guard.check(place, stage.model, images, value, shown)
+        shown = _numbers(shown)
+        self.guard.check(place, stage.model, images, shown)
         optimizer.zero_grad()
         self.accelerator.backward(loss)
         optimizer.step()
@@ -187,11 +187,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _numbers(loss: Tensor, scalars: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
-    """The loss and scalars as numbers, with one wait for the device; parts of the objective that are 0, being off, are
-    left out."""
-    total, *values = torch.stack([value.detach().float() for value in (loss, *scalars.values())]).tolist()
-    return total, {name: value for name, value in zip(scalars, values, strict=True) if name == "total" or value != 0}
+def _numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars as numbers, with one wait for the device; parts of the objective that are 0, being off, are left out."""
+    values = torch.stack([value.detach().float() for value in scalars.values()]).tolist()
+    return {name: value for name, value in zip(scalars, values, strict=True) if name == "total" or value != 0}
 
 
 def _random_state() -> dict[str, Any]:
