@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tomllib
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 import fxquant as fq
 from fxquant import checkpoint
 from fxquant.errors import DivergenceError
-from fxquant.recipe import DivergenceSection, RecipeError, load_recipe
+from fxquant.recipe import DivergenceSection, RecipeError, load_recipe, parse_recipe
 from fxquant.train import Silent, run
 from fxquant.train.divergence import all_finite, first_not_finite, furthest, weights_of
 from fxquant.train.guard import Diverged, Guard
@@ -150,7 +151,6 @@ def test_values_that_make_no_sense_are_refused():
 # ---- whole runs ------------------------------------------------------------------------------------------
 
 SHORT = ["data.batch_size=256", "quantization.lower=[]"]  # four steps an epoch
-FLOAT = ["float.epochs=3", "train.epochs=1", *SHORT]
 QUANTIZED = ["float.epochs=1", "train.epochs=3", "train.finetune=0.5", "train.average=0.9", *SHORT]
 NAME = "digits_mixed4_nipq"
 
@@ -163,13 +163,12 @@ class Notes(Silent):
         self.notes.append(text)
 
 
-class Enough(Exception):
-    """The part of the run that a test looks at is done."""
-
-
-class UntilPrepared(Notes):
-    def prepared(self, model):
-        raise Enough
+def in_float(**divergence):
+    """A recipe of three epochs in float alone, of four steps each."""
+    values = tomllib.loads((RECIPES / "base" / "digits.toml").read_text())
+    del values["train"]
+    values["float"]["epochs"], values["data"]["batch_size"] = 3, 256
+    return parse_recipe({"name": "float", **values, "divergence": divergence}, "here")
 
 
 @pytest.fixture
@@ -192,7 +191,7 @@ def spoil(monkeypatch):
 def test_it_stops_with_the_layer_and_may_be_resumed_with_rollbacks(spoil, tmp_path):
     spoil("float", 6)
     with pytest.raises(DivergenceError) as error:
-        run(load_recipe(RECIPES / f"{NAME}.toml", FLOAT), tmp_path)
+        run(in_float(), tmp_path)
     for words in (
         "in epoch 2 of float training, step 7, the loss is NaN or infinite: ",
         "'layer2.0.conv1.weight' holds NaN or infinity",
@@ -202,10 +201,9 @@ def test_it_stops_with_the_layer_and_may_be_resumed_with_rollbacks(spoil, tmp_pa
     state = checkpoint.load_checkpoint(tmp_path / checkpoint.CHECKPOINT)
     assert (state["stage"], state["epochs_done"]) == ("float", 1)
     before = state["optimizer"]["param_groups"][0]["lr"]
-    progress = UntilPrepared()
-    recipe = load_recipe(RECIPES / f"{NAME}.toml", [*FLOAT, "divergence.action=rollback", "divergence.lr_factor=0.25"])
-    with pytest.raises(Enough):
-        run(recipe, tmp_path, resume=True, progress=progress)
+    progress = Notes()
+    result = run(in_float(action="rollback", lr_factor=0.25), tmp_path, resume=True, progress=progress).result
+    assert result["rollbacks"][0]["cause"] in progress.notes[0]
     assert len(progress.notes) == 1
     assert "back to the last checkpoint, with learning rates times 0.25 (rollback 1 of at most 3)" in progress.notes[0]
     state = checkpoint.load_checkpoint(tmp_path / checkpoint.CHECKPOINT)
@@ -216,9 +214,8 @@ def test_it_stops_with_the_layer_and_may_be_resumed_with_rollbacks(spoil, tmp_pa
 
 def test_weights_spoilt_by_the_last_step_of_an_epoch_never_reach_a_checkpoint(spoil, tmp_path):
     spoil("float", 8)
-    progress = UntilPrepared()
-    with pytest.raises(Enough):
-        run(load_recipe(RECIPES / f"{NAME}.toml", [*FLOAT, "divergence.action=rollback"]), tmp_path, progress=progress)
+    progress = Notes()
+    run(in_float(action="rollback"), tmp_path, progress=progress)
     assert "in epoch 2 of float training, step 8, the weights are NaN or infinite: 'layer2.0.conv1" in progress.notes[0]
     state = checkpoint.load_checkpoint(tmp_path / checkpoint.CHECKPOINT)
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
@@ -226,22 +223,21 @@ def test_weights_spoilt_by_the_last_step_of_an_epoch_never_reach_a_checkpoint(sp
 
 def test_after_so_many_rollbacks_it_stops(spoil, tmp_path):
     spoil("float", 2, times=9)
-    options = ["divergence.action=rollback", "divergence.max_rollbacks=2"]
     progress = Notes()
     words = r"after 2 rollbacks \(divergence.max_rollbacks\), with learning rates times 0.25. Lower float.lr"
     with pytest.raises(DivergenceError, match=words):
-        run(load_recipe(RECIPES / f"{NAME}.toml", [*FLOAT, *options]), tmp_path, progress=progress)
+        run(in_float(action="rollback", max_rollbacks=2), tmp_path, progress=progress)
     assert len(progress.notes) == 2
 
 
 def test_a_run_killed_during_or_after_a_rollback_ends_as_one_that_was_not(spoil, tmp_path):
-    """Spoilt in the second quantized epoch; cut before it diverges, after it was rolled back, and an epoch later."""
+    """Spoilt in the second quantized epoch; cut after it was rolled back, and an epoch later."""
     recipe = load_recipe(RECIPES / f"{NAME}.toml", [*QUANTIZED, "divergence.action=rollback"])
     spoil("quantized", 7)
     whole = run(recipe, tmp_path / "whole")
     (rollback,) = whole.result["rollbacks"]
     assert (rollback["stage"], rollback["epoch"], rollback["step"]) == ("quantized", 2, 8)
-    for steps in (5, 4, 8):  # of four an epoch: the second one takes three, is rolled back, and takes four
+    for steps in (8, 8):  # of four an epoch: the second one takes three, is rolled back, and takes four
         with pytest.raises(KeyboardInterrupt):
             run(recipe, tmp_path / "cut", resume=True, progress=Cut("quantized", steps))
     resumed = run(recipe, tmp_path / "cut", resume=True)
