@@ -7,6 +7,7 @@ read at any step, in any order, after a resume as well as before.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 
 from .errors import SpecError
@@ -45,8 +46,8 @@ def logarithmic(kappa: float, steps: float, begin: float = 0) -> Schedule:
     >>> [round(logarithmic(9, 4)(step), 3) for step in range(6)]
     [0.0, 0.512, 0.74, 0.889, 1.0, 1.0]
     """
-    if not kappa > 0:
-        raise SpecError(f"kappa={kappa!r} was asked for; the logarithmic curriculum needs kappa > 0")
+    if not 0 < kappa <= sys.float_info.max:
+        raise SpecError(f"kappa={kappa!r} was asked for; the logarithmic curriculum needs kappa > 0, and finite")
     return lambda step: math.log1p(kappa * _fraction(step - begin, steps)) / math.log1p(kappa)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -28,6 +29,17 @@ def check_width(bits: Bits, what: str = "bits") -> Bits:
             raise SpecError(f"{what}={bits!r} was asked for; the lowest width must be below the highest")
         return low, high
     return grid.check_bits(bits, what)
+
+
+def at_least_zero(value: float, what: str) -> float:
+    """``value`` as a float, if it is a finite number that is not negative.
+
+    Raises:
+        SpecError: otherwise.
+    """
+    if not 0 <= value <= sys.float_info.max:
+        raise SpecError(f"{what}={value!r} was asked for; it must be at least 0 and finite")
+    return float(value)
 
 
 class Estimator(FakeQuantizeBase):

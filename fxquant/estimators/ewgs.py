@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..errors import SpecError
-from .base import Bits, LearnedStep
+from .base import Bits, LearnedStep, at_least_zero
 
 
 class EWGS(LearnedStep):
@@ -19,10 +18,8 @@ class EWGS(LearnedStep):
     name = "ewgs"
 
     def __init__(self, bits: Bits = 8, *, delta: float = 0.1, **options):
-        if not delta >= 0:
-            raise SpecError(f"delta={delta!r} was asked for; it must be at least 0")
         super().__init__(bits, **options)
-        self.delta = delta
+        self.delta = at_least_zero(delta, "delta")
 
     def train_forward(self, x: Tensor) -> Tensor:
         return self.straight_through(x, delta=self.delta, gradient_scale=self.step_gradient_scale(x))

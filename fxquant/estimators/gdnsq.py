@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..errors import SpecError
 from ..schedule import Schedule, linear
-from .base import Bits, LearnedStep
+from .base import Bits, LearnedStep, at_least_zero
 from .functions import EDGE, between, is_at_hand
 from .recompute import attach
 
@@ -65,13 +65,13 @@ class GDNSQ(LearnedStep):
             raise SpecError(f"initial_bits={initial_bits!r} was asked for; it lies above 1 and at most 16")
         if not 0 <= warmup < 1:
             raise SpecError(f"warmup={warmup!r} was asked for; it is a share of the steps, 0 to 1")
-        if not temperature >= 0:
-            raise SpecError(f"temperature={temperature!r} was asked for; it must be at least 0")
+        if not isinstance(noise_gradient, bool):
+            raise SpecError(f"noise_gradient={noise_gradient!r} was asked for; it is true or false")
         super().__init__(bits, **options)
         if isinstance(self.bits, tuple):
             initial_bits = float(self.bits[1]) if initial_bits is None else initial_bits
         self.initial_bits, self.noise_gradient = initial_bits, noise_gradient
-        self.warmup, self.final_temperature = warmup, temperature
+        self.warmup, self.final_temperature = warmup, at_least_zero(temperature, "temperature")
         self.temperature = 0.0
         # A weight's own range, max|w| per scale, as of the last forward.
         self.register_buffer("weight_range", torch.ones(self.channels, device=self._device))

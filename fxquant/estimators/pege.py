@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import grid
 from ..errors import SpecError
 from ..schedule import Schedule, logarithmic
-from .base import Bits, Estimator, LearnedStep
+from .base import Bits, Estimator, LearnedStep, at_least_zero
 from .functions import BinaryFunction, clamp_levels_, is_at_hand, pieces, straight_through_gradients, to_grid
 from .recompute import attach
 
@@ -53,14 +53,12 @@ class PEGE(LearnedStep):
         curriculum: float = 0.5,
         **options,
     ):
-        for what, value in {"delta": delta, "weight": weight}.items():
-            if not value >= 0:
-                raise SpecError(f"{what}={value!r} was asked for; it must be at least 0")
         if not 0 <= curriculum <= 1:
             raise SpecError(f"curriculum={curriculum!r} was asked for; it is a share of the steps, 0 to 1")
         logarithmic(kappa, 1)  # checks kappa
         super().__init__(bits, **options)
-        self.kappa, self.delta, self.weight, self.curriculum = kappa, delta, weight, curriculum
+        self.kappa, self.curriculum = kappa, curriculum
+        self.delta, self.weight = at_least_zero(delta, "delta"), at_least_zero(weight, "weight")
         self.replaced = 1.0  # p(t)
         self._error: Tensor | None = None
 
