@@ -396,6 +396,18 @@ class TimmData:
         return sorted(named, key=named.get) if named else None
 
 
+def expanded(path: str, key: str) -> Path:
+    """A path of a recipe, ``~`` and ``~user`` replaced.
+
+    Raises:
+        FxQuantError: where there is no such user; ``key`` is the recipe's.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FxQuantError(f"{key} = {path!r}: {error}") from None
+
+
 def open_data(
     *,
     name: str,
@@ -425,7 +437,7 @@ def open_data(
         return TensorData(load_data(name, image_size or config["input_size"][-1]), options["batch_size"], shift)
     if dir is None:
         raise FxQuantError(f"the data set {name!r} is read from disk, but data.dir is not set; --set data.dir=FOLDER")
-    root = Path(dir).expanduser()
+    root = expanded(dir, "data.dir")
     if not root.is_dir():
         raise FxQuantError(f"data.dir = {dir!r} is not a folder; give the one that holds the data set {name!r}")
     if name == CIFAR10:
@@ -437,7 +449,7 @@ def open_data(
             validation=validation,
             plain_batches=options["plain_batches"],
             test_images=options["test_images"],
-            cache=None if cache is None else Path(cache).expanduser(),
+            cache=None if cache is None else expanded(cache, "data.cache"),
         )
     return TimmData(name, root, config, image_size=image_size, **options)
 

@@ -37,8 +37,8 @@ def check_bits(bits: int, what: str = "bits") -> int:
     if (
         not isinstance(bits, (int, float))
         or isinstance(bits, bool)
-        or not float(bits).is_integer()
         or not MIN_BITS <= bits <= MAX_BITS
+        or not float(bits).is_integer()
     ):
         raise SpecError(
             f"{what}={bits!r} was asked for; widths are whole numbers of bits from {MIN_BITS} to {MAX_BITS}"

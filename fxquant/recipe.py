@@ -25,8 +25,19 @@ class RecipeError(FxQuantError, ValueError):
     """A recipe that cannot be read or says something that makes no sense; lists all problems at once."""
 
 
+_LARGEST = 2**32 - 1
+"""Of any whole number: numpy takes no larger seed, and nothing else comes near."""
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _countable(cls, value: Any) -> Any:
+        if isinstance(value, int) and value > _LARGEST:
+            raise SpecError(f"whole numbers go up to {_LARGEST}")
+        return value
 
 
 class ModelSection(_Section):
@@ -49,6 +60,9 @@ _WITHOUT_EFFECT = {
     CIFAR10: ("splits", "augmentation"),
     "disk": ("shift", "flip", "validation", "cache"),
 }
+
+
+_LARGEST_IN_MEMORY = 512
 
 
 class DataSection(_Section):
@@ -76,10 +90,17 @@ class DataSection(_Section):
     @model_validator(mode="after")
     def _nothing_ignored(self) -> DataSection:
         kind = "memory" if self.name in DATASETS else CIFAR10 if self.name == CIFAR10 else "disk"
+        if kind == "memory" and max(self.image_size or 0, self.shift) > _LARGEST_IN_MEMORY:
+            raise SpecError(
+                f"data.image_size={self.image_size}, data.shift={self.shift} were asked for; the data set "
+                f"{self.name!r} is in memory, at {_LARGEST_IN_MEMORY} pixels a side at most"
+            )
         for key in _WITHOUT_EFFECT[kind]:
             if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
                 where = {"memory": "is in memory", "disk": "is read from disk"}.get(kind, "is read whole")
                 raise SpecError(f"data.{key} does nothing for the data set {self.name!r}, which {where}; leave it out")
+        if kind == CIFAR10 and self.shift > SIZE:
+            raise SpecError(f"data.shift={self.shift} was asked for; images of cifar10 have {SIZE} pixels a side")
         if kind == CIFAR10 and self.image_size not in (None, SIZE):
             raise SpecError(f"data.image_size={self.image_size} was asked for; the images of cifar10 stay at {SIZE}")
         return self
@@ -217,7 +238,7 @@ class AllocationSection(_Section):
     @field_validator("weight_bits", "activation_bits")
     @classmethod
     def _in_order(cls, bits: tuple[int, int]) -> tuple[int, int]:
-        return bits if bits[0] == bits[1] else check_width(bits)
+        return (check_bits(bits[0]),) * 2 if bits[0] == bits[1] else check_width(bits)
 
 
 class DivergenceSection(_Section):
@@ -276,7 +297,13 @@ class Recipe(_Section):
 
     def built_rules(self) -> list[Rule]:
         """The rules as :class:`fxquant.Rule` objects."""
-        return [self._build(rule) for rule in self.rules]
+        built = []
+        for index, rule in enumerate(self.rules):
+            try:
+                built.append(self._build(rule))
+            except FxQuantError as error:
+                raise SpecError(f"rules.{index}: {error}") from None
+        return built
 
     def _build(self, section: RuleSection) -> Rule:
         if section.bits is not None and (section.weight_bits is not None or section.activation_bits is not None):
@@ -342,6 +369,10 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
         RecipeError: with every problem found.
     """
     try:
+        _require_shallow(values, _DEEPEST)
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    try:
         return Recipe(**values)
     except ValidationError as error:
         problems = [_problem(e) for e in error.errors()]
@@ -349,17 +380,20 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    extended = f", which {above[-1].name} extends" if above else ""
+    if "\0" in str(path):
+        raise RecipeError(f"{str(path)!r}{extended}: no file can have this name")
     resolved = path.resolve()
     if resolved in above:
         raise RecipeError(f"{path}: 'extends' goes round in a circle: {' -> '.join(p.name for p in above)}")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = _toml(path.read_text(encoding="utf-8"))
     except OSError as error:
         near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.toml")], 3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}){hint}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid TOML ({error})") from None
+        raise RecipeError(f"{path}{extended}: cannot be read ({error.strerror}){hint}") from None
+    except ValueError as error:
+        raise RecipeError(f"{path}{extended}: not valid TOML ({error})") from None
     parents = values.pop("extends", [])
     if not isinstance(parents, (str, list)) or not all(isinstance(parent, str) for parent in parents):
         raise RecipeError(f"{path}: extends = {parents!r}; give a file name or a list of them")
@@ -368,6 +402,32 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         merged = _merge(merged, _read(path.parent / parent, (*above, resolved)))
     merged.pop("name", None)
     return _merge(merged, values)
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """The values of a TOML text.
+
+    Raises:
+        ValueError: where it is none, or holds what Python cannot take: a number of more than 4300 digits, values nested
+            too deeply.
+    """
+    try:
+        values = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"values are nested more than {_DEEPEST} deep") from None
+    _require_shallow(values, _DEEPEST)
+    return values
+
+
+_DEEPEST = 50
+
+
+def _require_shallow(values: Any, levels: int) -> None:
+    if isinstance(values, (list, dict)):
+        if not levels:
+            raise ValueError(f"values are nested more than {_DEEPEST} deep")
+        for value in values.values() if isinstance(values, dict) else values:
+            _require_shallow(value, levels - 1)
 
 
 def _merge(under: dict, over: dict) -> dict:
@@ -383,8 +443,8 @@ def _override(values: dict, text: str) -> None:
     if not equals:
         raise RecipeError(f"--set {text!r}: give key=value, such as train.epochs=3")
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = _toml(f"value = {raw}")["value"]
+    except ValueError:
         value = raw
     *tables, last = key.strip().split(".")
     for table in tables:

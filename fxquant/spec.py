@@ -68,7 +68,7 @@ class Rule:
         if self.pattern.startswith("re:"):
             try:
                 re.compile(self.pattern[3:])
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise SpecError(f"rule {self.pattern!r}: not a regular expression ({error})") from None
 
     @property

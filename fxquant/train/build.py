@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-from ..data import Data, Loader, open_data
+from ..data import Data, Loader, expanded, open_data
 from ..errors import FxQuantError, UnknownNameError
 from ..prepare import prepare
 from ..recipe import Recipe
@@ -42,7 +42,7 @@ def build_model(recipe: Recipe) -> nn.Module:
             ) from error
         raise FxQuantError(f"timm cannot build {section.name} with {section.options} ({reason})") from error
     if section.checkpoint is not None:
-        _load_weights(model, section.name, Path(section.checkpoint).expanduser())
+        _load_weights(model, section.name, expanded(section.checkpoint, "model.checkpoint"))
     return model
 
 
