@@ -99,6 +99,24 @@ def split_batch_norm_act(traced: fx.GraphModule) -> None:
             after = call
 
 
+class BatchStatisticsNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d without running statistics. It cannot be folded, and is no BatchNorm2d to what fuses layers."""
+
+
+def keep_batch_statistics(traced: fx.GraphModule) -> None:
+    """A BatchNorm2d that normalises by each batch, in eval as well, to one that stays a call of its own."""
+    for node in traced.graph.nodes:
+        module = _module(traced, node)
+        if type(module) is nn.BatchNorm2d and module.running_mean is None:
+            apart = BatchStatisticsNorm2d(
+                module.num_features, module.eps, affine=False, track_running_stats=False, device="meta"
+            )
+            apart.affine, apart.weight, apart.bias = module.affine, module.weight, module.bias
+            for name, child in module.named_children():  # capture keeps its activation below it
+                apart.add_module(name, child)
+            _replace(traced, node.target, apart.train(module.training))
+
+
 def positional_input(traced: fx.GraphModule) -> None:
     """``layer(input=x)`` to ``layer(x)``: the layers that replace these take one positional tensor."""
     for node in traced.graph.nodes:
@@ -405,8 +423,8 @@ def _bounds(input, min_val=-1.0, max_val=1.0, inplace=False) -> tuple[float, flo
 
 MODULE_PASSES = (open_fused_attention,)
 GRAPH_PASSES = (
-    name_arithmetic_alike, positional_input, split_batch_norm_act, remove_identities, name_layers, number_padding,
-    fold_padding, name_relu6,
+    name_arithmetic_alike, positional_input, split_batch_norm_act, keep_batch_statistics, remove_identities,
+    name_layers, number_padding, fold_padding, name_relu6,
 )  # fmt: skip
 
 

@@ -177,9 +177,10 @@ def get_backend_config(backend: str = "x86", *, captured: bool = False) -> Backe
         for layer, qat in computed:
             config.set_backend_pattern_config(_pattern(layer).set_root_module(layer).set_qat_module(qat))
         fusions = [(layer, relu) for layer, _ in computed for relu in _RELU]
-        fusions += [(ComputedConv2d, nn.BatchNorm2d), *((ComputedConv2d, nn.BatchNorm2d, relu) for relu in _RELU)]
         for conv in (nn.Conv2d, ComputedConv2d):
-            fusions += [(conv, nn.ReLU6), (conv, nn.BatchNorm2d, nn.ReLU6)]
+            # With BatchNorm also where torch.ao has a fuser: that one refuses norms without gamma and beta.
+            fusions += [(conv, nn.BatchNorm2d), *((conv, nn.BatchNorm2d, relu) for relu in (*_RELU, nn.ReLU6))]
+            fusions += [(conv, nn.ReLU6)]
         for pattern in fusions:
             fused = FusedConv2d if pattern[0] is not ComputedLinear else FusedLinear
             config.set_backend_pattern_config(

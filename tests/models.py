@@ -53,7 +53,7 @@ class TinyMobile(nn.Module):
 def settle(model: nn.Module, images: torch.Tensor) -> nn.Module:
     """Give BatchNorm varied affine parameters and statistics that fit ``images``; returns the model in eval mode."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.2)
     model.train()

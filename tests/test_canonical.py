@@ -105,6 +105,7 @@ EXAMPLES = {
     canonical.name_arithmetic_alike: lambda: Fn(lambda x: torch.add(x, x.mul(x.relu()))),
     canonical.positional_input: lambda: ByKeyword(),
     canonical.split_batch_norm_act: lambda: block(timm.layers.BatchNormAct2d(4)),
+    canonical.keep_batch_statistics: lambda: block(nn.BatchNorm2d(4, track_running_stats=False)),
     canonical.remove_identities: lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.ReLU(), nn.Dropout(0.0)),
     canonical.name_layers: lambda: nn.Sequential(nn.Flatten(), timm.layers.Linear(270, 4)),
     canonical.number_padding: lambda: nn.Sequential(nn.Conv2d(3, 4, 4, padding="same"), nn.ReLU()),

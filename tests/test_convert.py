@@ -47,7 +47,7 @@ def trained(model: nn.Module, rules, x: torch.Tensor, steps: int = 2) -> nn.Modu
 
 def set_gammas(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
             with torch.no_grad():
                 module.weight[:5] = torch.tensor([-0.7, 0.0, 1e-20, -1e-20, -1e-4])
 
@@ -115,6 +115,18 @@ def test_unusual_geometry_and_a_layer_used_twice(bits):
     frozen, reference = integers(Odd(), [fq.Rule("*", bits, bits)], x)
     assert fq.verify(frozen, reference, [images()]).reference_equals_fake_quant
     assert_codes_equal(reference, images())
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}], ids=str)
+@pytest.mark.parametrize("relu", [nn.Identity, nn.ReLU, nn.ReLU6])
+def test_batch_norms_of_every_kind(options, relu):
+    """One without gamma and beta is folded, one that has nothing but the batch's own statistics stays as it is."""
+    norm = nn.BatchNorm2d(8, **options)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, relu(), nn.Conv2d(8, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    frozen, reference = integers(model, [fq.Rule("*", 4, 4)], images())
+    assert fq.verify(frozen, reference, [images()]).reference_equals_fake_quant
+    called = [type(m).__name__ for m in reference.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert called == ([] if norm.track_running_stats else ["BatchStatisticsNorm2d"])
 
 
 class SameNames(nn.Module):
