@@ -13,6 +13,7 @@ METHODS = ("minmax", "percentile", "mse")
 # Activations are subsampled to this many values per observed batch: enough for a 99.99 % percentile of the
 # whole, little enough to keep calibration out of the profile.
 _SAMPLE_PER_BATCH = 65_536
+_LARGEST = torch.finfo(torch.float32).max / 4  # so that twice a range, and the distance of its ends, are numbers
 _SHRINK = torch.linspace(1.0, 0.1, 46)
 
 
@@ -31,7 +32,8 @@ class RangeObserver:
         """Take in one batch of ``x``, split into channels along ``axis``.
 
         Raises:
-            NonFiniteError: where ``x`` holds NaN or infinity; ``what`` is the tensor's name in the message.
+            NonFiniteError: where ``x`` holds NaN, infinity or numbers near the end of float32; ``what`` is the tensor's
+                name in the message.
         """
         if x.numel() == 0:
             raise EmptyDataError(f"{what}: an empty tensor of shape {tuple(x.shape)} cannot set a range")
@@ -43,6 +45,12 @@ class RangeObserver:
             raise NonFiniteError(
                 f"{what}: {bad} of {x.numel()} values are NaN or infinite; a range cannot be set from them. "
                 "Look at the layers before it, at the input data and at the learning rate"
+            )
+        widest = max(-float(low.min()), float(high.max()))
+        if widest > _LARGEST:
+            raise NonFiniteError(
+                f"{what}: values up to {widest:.3g} were seen; a range ends at {_LARGEST:.3g} at most, as float32 "
+                "does. Look at the layers before it, at the input data and at the learning rate"
             )
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)

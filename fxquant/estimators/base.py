@@ -18,6 +18,8 @@ from .functions import BinaryFunction, StraightThroughFunction
 
 Bits = int | tuple[int, int]
 
+SMALLEST_RANGE = torch.finfo(torch.float32).tiny * 2**16  # at 16 bits, with which GDNSQ may start, 1/s is finite
+
 
 def check_width(bits: Bits, what: str = "bits") -> Bits:
     """A whole width from 1 to 8, or a pair (lowest, highest) of such for a width that is learned."""
@@ -264,6 +266,7 @@ class Estimator(FakeQuantizeBase):
             self.frozen_scale.copy_(self.scale())
             self.frozen_zero_point.copy_(self.zero_point())
         self.frozen.fill_(1)
+        self.refit.zero_()
         self._read_flags()
 
     def fold(self, scale: Tensor) -> None:
@@ -276,6 +279,8 @@ class Estimator(FakeQuantizeBase):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.frozen_scale.dtype)  # quantizers stay in float32 under autocast
+        if not x.numel() and self._initialized and not self._calibrating:
+            return x.clone()  # an empty batch has nothing to round, and nothing to learn from
         if self._refit and (self.training or self.may_refit):
             self.refit.zero_()
             self.initialize_from(x)
@@ -361,7 +366,7 @@ class Estimator(FakeQuantizeBase):
     def _safe_width(self, low: Tensor, high: Tensor) -> Tensor:
         """Width of the range; 1 where nothing but zeros was seen (a dead channel, a zero-initialised branch)."""
         width = high if self.grid_scheme == "symmetric" else high - low
-        return torch.where(width > torch.finfo(torch.float32).tiny * 256, width, 1.0)
+        return torch.where(width > SMALLEST_RANGE, width, 1.0)
 
     def _set_zero_fraction(self, low: Tensor, high: Tensor) -> None:
         if self.zero_fraction is not None:
@@ -458,5 +463,6 @@ class LearnedStep(Estimator):
 
         n counts a weight's elements per scale, an activation's per image.
         """
-        elements = x.numel() // (self.channels if self.scheme == "symmetric" else max(x.shape[0], 1))
+        images = x.shape[0] if x.ndim else 1
+        elements = x.numel() // (self.channels if self.scheme == "symmetric" else max(images, 1))
         return float((max(elements, 1) * self.quant_max) ** -0.5)

@@ -10,6 +10,7 @@ Throughout, ``s`` is the step, ``u = x/s``, and a level is a code less the zero-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -91,7 +92,12 @@ def where_inside(
 
 def between(values: Tensor, x: Tensor, low: float, high: float) -> Tensor:
     """``values`` where ``low < x < high``, 0 elsewhere: torch's one vectorised kernel that selects without a mask."""
-    return torch.ops.aten.hardtanh_backward(values, x, low, high)
+    return torch.ops.aten.hardtanh_backward(values, x, *(_within_float32(end) for end in (low, high)))
+
+
+def _within_float32(end: float) -> float:
+    """``end``, infinite where float32 has no such number: torch refuses to convert it."""
+    return math.copysign(math.inf, end) if abs(end) > torch.finfo(torch.float32).max else end
 
 
 def step_gradient(grad: Tensor, grad_inside: Tensor, x: Tensor, out: Tensor, scale: Tensor) -> Tensor:

@@ -21,18 +21,20 @@ that is 0 during warm-up and then grows linearly. Where fxquant departs:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import SpecError
+from ..errors import NonFiniteError, SpecError
 from ..schedule import Schedule, linear
-from .base import Bits, LearnedStep, at_least_zero
+from .base import SMALLEST_RANGE, Bits, LearnedStep, at_least_zero
 from .functions import EDGE, between, is_at_hand
 from .recompute import attach
 
 _MARGIN = 1e-3
+_MOST_LEVELS = 2**24  # integers of float32; a weight that runs away from its step saturates there
 
 
 class GDNSQ(LearnedStep):
@@ -125,7 +127,10 @@ class GDNSQ(LearnedStep):
     def quant_max(self) -> int:
         if self.learns_width:
             with torch.no_grad():
-                return int((torch.round(self.range()[1] / self.scale()) + self.zero_point()).max())
+                levels = float((torch.round(self.range()[1] / self.scale()) + self.zero_point()).max())
+            if math.isnan(levels):
+                raise NonFiniteError(f"{self.where}: its step or its range is NaN; lower the learning rate")
+            return int(min(levels, _MOST_LEVELS))
         return super().quant_max
 
     def _extent(self) -> Tensor:
@@ -162,11 +167,13 @@ class GDNSQ(LearnedStep):
         super().fix_width(bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.learns_width and self.scheme == "symmetric":
+        if self.learns_width and self.scheme == "symmetric" and x.numel():
             with torch.no_grad():
                 kept = x.abs().amax() if self.axis is None else x.abs().transpose(0, self.axis).flatten(1).amax(1)
+                kept = kept.to(self.weight_range.dtype)
+                sound = (kept > SMALLEST_RANGE) & (kept < torch.inf)
                 # A new tensor: the graph of an earlier forward may still need the old one.
-                self.weight_range = torch.where(kept > 0, kept, self.weight_range)
+                self.weight_range = torch.where(sound, kept, self.weight_range)
         return super().forward(x)
 
     def train_forward(self, x: Tensor) -> Tensor:
