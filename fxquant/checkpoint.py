@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,10 @@ def read_result(folder: Path) -> dict[str, Any]:
     path = folder / RESULT
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        if not {"recipe", "lowered", "float_accuracy"} <= result.keys():
+        if not isinstance(result, dict) or not {"recipe", "lowered", "float_accuracy"} <= result.keys():
             raise CheckpointError(f"{path} is no result of fxquant run; give the folder of a finished run")
         return result
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); give the folder of a finished run") from None
 
 
@@ -81,6 +82,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: a file that is missing, damaged, or something else.
     """
     try:
+        _check_sums(path)
         content = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; nothing can be resumed or lowered from it") from None
@@ -89,12 +91,23 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is damaged, or no checkpoint at all ({reason}); start the run anew in another folder"
         ) from None
-    if not isinstance(content, dict) or content.get("format") != _CHECKPOINT_FORMAT:
+    if not isinstance(content, dict) or content.get("format") != _CHECKPOINT_FORMAT or "recipe" not in content:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
             f"{path} is no checkpoint of fxquant (format {found!r}, {_CHECKPOINT_FORMAT!r} was expected)"
         )
     return content
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the CRC-32 of every part of torch's archive with its content, which torch.load does not.
+
+    Raises:
+        OSError, zipfile.BadZipFile: where it cannot be read, is no archive, or one of its parts has changed.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if (changed := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"the checksum of its part {changed!r} does not hold")
 
 
 def checkpoint_for(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
@@ -111,11 +124,11 @@ def checkpoint_for(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
             raise CheckpointError(
                 f"--resume was asked for, but {folder} holds no {CHECKPOINT}; name the folder of the run"
             )
-        if not _differing_keys(begun.read_text(encoding="utf-8"), recipe):
+        if not _differing_keys(begun.read_bytes(), recipe, begun):
             return None
         raise CheckpointError(f"{folder} was begun with another recipe than the one given; name another --output")
     content = load_checkpoint(path)
-    if differing := _differing_keys(content["recipe"], recipe):
+    if differing := _differing_keys(content["recipe"], recipe, path):
         raise CheckpointError(
             f"{path} is of another recipe than the one given; it differs in {', '.join(differing)}. Resume with the "
             "same recipe, seed and --set, or name another --output"
@@ -147,7 +160,7 @@ def holds_run_of(folder: Path, recipe: Recipe) -> bool:
     begun = folder / RECIPE
     if not begun.exists():
         return False
-    if differing := _differing_keys(begun.read_text(encoding="utf-8"), recipe):
+    if differing := _differing_keys(begun.read_bytes(), recipe, begun):
         raise CheckpointError(
             f"{folder} holds a run of another recipe than the one given; it differs in "
             f"{', '.join(differing)}. Give that recipe and --set again, or name another --output"
@@ -163,16 +176,26 @@ def stored_recipe(text: str, path: Path) -> Recipe:
     """
     try:
         return parse_recipe(json.loads(text), str(path))
-    except (RecipeError, json.JSONDecodeError) as error:
+    except (RecipeError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"the recipe stored in {path} cannot be read: {error}") from None
 
 
-def _differing_keys(stored: str, recipe: Recipe) -> list[str]:
-    """Where two recipes differ in what matters. A key that one of them lacks, as an older version's does, is None."""
-    return _differences(_what_matters(stored), _what_matters(recipe.to_json()))
+def _differing_keys(stored: str | bytes, recipe: Recipe, path: Path) -> list[str]:
+    """Where two recipes differ in what matters. A key that one of them lacks, as an older version's does, is None.
+
+    Raises:
+        CheckpointError: where ``stored``, of the file ``path``, is none.
+    """
+    try:
+        before = _what_matters(stored)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"the recipe stored in {path} is damaged ({error!r}); start the run anew in another folder"
+        ) from None
+    return _differences(before, _what_matters(recipe.to_json()))
 
 
-def _what_matters(recipe: str) -> dict[str, Any]:
+def _what_matters(recipe: str | bytes) -> dict[str, Any]:
     """A recipe without where its images lie and how they are read, and what it does about a divergence: of a run that
     has come so far, nothing would be different."""
     values = json.loads(recipe)
