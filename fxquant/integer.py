@@ -18,7 +18,11 @@ _FLOAT32_EXACT = 2**24
 
 
 class Quantize(nn.Module):
-    """float32 -> uint8: ``clamp(round(x * (1/s)) + z, qmin, qmax)`` with one scale for the tensor."""
+    """float32 -> uint8: ``clamp(round(x * (1/s)) + z, qmin, qmax)`` with one scale for the tensor.
+
+    Infinity saturates. NaN has no code: which one it gets is undefined, as it is for ONNX's QuantizeLinear and torch's
+    kernels.
+    """
 
     def __init__(self, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int):
         super().__init__()

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from . import grid
 from ._torch_ao import nni, qconfig_equals
 from .computed import adopt_formula, effective_weight
-from .errors import NotFrozenError, SpecError
+from .errors import NonFiniteError, NotFrozenError, SpecError
 from .estimators import Estimator
 from .estimators.recompute import recomputing
 from .integer import IntegerConv2d, IntegerLinear, Quantize, Rescale
@@ -149,7 +149,18 @@ class QATLayer(nn.Module):
         return self.input_fake_quant is not None and self.input_fake_quant._frozen and self.weight_fake_quant._frozen
 
     def freeze(self) -> None:
-        """Fix widths, scales and zero-points for good; from here on the layer computes on integers."""
+        """Fix widths, scales and zero-points for good; from here on the layer computes on integers.
+
+        Raises:
+            NonFiniteError: where a weight, a bias or a statistic is NaN or infinite: no integer means that.
+        """
+        where = self.weight_fake_quant.where.rpartition(".")[0] or "a layer"
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise NonFiniteError(
+                    f"{where}: its {name!r} holds NaN or infinity, which no integer means; the training has diverged, "
+                    "lower the learning rate"
+                )
         if self.input_fake_quant is not None:
             self.input_fake_quant.freeze()
         self.weight_fake_quant.freeze()

@@ -11,9 +11,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fxquant as fq
 from fxquant import grid
 from fxquant.errors import EmptyDataError, NonFiniteError
 from fxquant.estimators import ESTIMATORS
+from tests.models import TinyResidual
 
 from . import cases
 
@@ -224,6 +226,16 @@ def test_a_weight_without_a_range_leaves_a_squeezed_one_its_own(weight):
     estimator.train()(weight)
     assert torch.equal(estimator.weight_range, before)
     assert estimator.eval()(weight.double()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["stem.weight", "shortcut.bias", "conv1.bn.running_var", "conv2.bn.weight"])
+def test_a_model_that_has_diverged_is_not_frozen(name):
+    """Its NaN would have become integers."""
+    x = torch.randn(4, 3, 16, 16)
+    prepared = fq.prepare(TinyResidual(), [fq.Rule("*", 4, 4)], calibration=[x])
+    prepared.state_dict(keep_vars=True)[name].data.view(-1)[0] = math.nan
+    with pytest.raises(NonFiniteError, match=r"(stem|shortcut|conv1|conv2): its '.*' holds NaN or infinity"):
+        fq.freeze(prepared, calibration=())
 
 
 def test_a_range_at_the_end_of_float32_is_refused():
