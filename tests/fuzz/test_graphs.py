@@ -64,7 +64,7 @@ def needs_a_batch(net: nn.Module) -> bool:
     return any(isinstance(m, nn.BatchNorm2d) and m.running_mean is None for m in net.modules())
 
 
-@cases(25)
+@cases(15)
 @given(trained())
 def test_what_trains_is_what_converts_and_what_a_file_keeps(tmp_path, case):
     if case is None:
@@ -87,7 +87,7 @@ def test_what_trains_is_what_converts_and_what_a_file_keeps(tmp_path, case):
             assert torch.equal(again(x), reference(x))
 
 
-@cases(12)
+@cases(10)
 @given(trained(NATIVE))
 def test_kernels_compute_the_reference(case):
     """Each kernel, given the reference's own codes of images it was not checked on."""
