@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
+from .distributed import Share, process_count
 from .errors import DataWorkerError, EmptyDataError, FxQuantError, SpecError, UnknownNameError
 from .pixels import Augmentation, PixelBatches, kept_for_validation, read_cifar10
 
@@ -42,9 +43,13 @@ _OWN_ARGUMENTS = {
 
 
 class Loader(Protocol):
-    """Batches of one pass; ``epoch`` is set before each pass that trains."""
+    """Batches of one pass; ``epoch`` is set before each pass that trains.
+
+    ``share`` is what of it this process reads: a part of every batch where it trains, else a part of all images.
+    """
 
     epoch: int
+    share: Share
 
     def __len__(self) -> int: ...
 
@@ -105,6 +110,7 @@ class Batches:
             raise SpecError(f"batch_size={batch_size!r} was asked for; it must be at least 1")
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.seed, self.shift, self.epoch = seed, shift, 0
+        self.share = Share()
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.images), self.batch_size)
@@ -112,19 +118,23 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.seed is None:
-            yield from zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
+            mine = self.share.of_all(self.images), self.share.of_all(self.labels)
+            yield from zip(*(part.split(self.batch_size) for part in mine), strict=True)
             return
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         order = torch.randperm(len(self.images), generator=generator)
         for batch in order.split(self.batch_size)[: len(self)]:
-            yield self._shifted(self.images[batch], generator), self.labels[batch]
+            shifts = torch.zeros(2, len(batch), dtype=torch.int64)
+            if self.shift:
+                shifts = torch.randint(0, 2 * self.shift + 1, (2, len(batch)), generator=generator)
+            mine = self.share.of_batch(batch)
+            yield self._shifted(self.images[mine], *map(self.share.of_batch, shifts)), self.labels[mine]
 
-    def _shifted(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _shifted(self, images: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
         if not self.shift:
             return images
         n, c, h, w = images.shape
         padded = F.pad(images, [self.shift] * 4, mode="replicate")
-        dy, dx = torch.randint(0, 2 * self.shift + 1, (2, n), generator=generator)
         rows = (dy[:, None] + torch.arange(h))[:, None, :, None]
         columns = (dx[:, None] + torch.arange(w))[:, None, None, :]
         return padded[torch.arange(n)[:, None, None, None], torch.arange(c)[None, :, None, None], rows, columns]
@@ -337,6 +347,11 @@ class TimmData:
             splits[0], {**common, **augmentation}, is_training=True, seed=seed
         )
         self.train_set = self._make_train_set(0)
+        if isinstance(self.train_set, IterableDataset) and process_count() > 1:
+            raise FxQuantError(
+                f"the data set {name!r} is a stream, of which {process_count()} processes cannot read even parts; "
+                "train in one process, or unpack it into a folder (data.name = 'folder')"
+            )
         self.test_set = self._dataset(splits[1], {**common, "crop_pct": config["crop_pct"]}, is_training=False)
         self.example = torch.randn(1, self.channels, size, size, generator=torch.Generator().manual_seed(0))
         trained, tested = (self._class_names(d) for d in (self.train_set, self.test_set))
@@ -501,6 +516,7 @@ class _Streamed:
         self, dataset: Dataset, batch_size: int, workers: int, at_most: int | None = None, *, seed: int | None = None
     ):
         self.dataset, self.batch_size, self.workers, self.seed, self.epoch = dataset, batch_size, workers, seed, 0
+        self.share = Share()
         self.images = len(dataset) if at_most is None else min(len(dataset), at_most)
         self.drop_last = seed is not None and self.images >= batch_size
 
@@ -509,23 +525,29 @@ class _Streamed:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed((self.seed or 0) * 100_003 + self.epoch)
-        dataset, order = self.dataset, None
+        dataset = self.dataset
         if isinstance(dataset, IterableDataset):
+            chosen = {"batch_size": self.batch_size, "drop_last": self.drop_last}
             if self.seed is not None:
                 dataset = _SeededStream(dataset, self.seed, self.epoch)
-        elif self.seed is not None:
-            dataset = _Seeded(dataset, self.seed, self.epoch)
-            order = torch.randperm(len(dataset), generator=generator).tolist()
-        batches = DataLoader(
-            dataset,
-            self.batch_size,
-            sampler=order,
-            num_workers=self.workers,
-            drop_last=self.drop_last,
-            generator=generator,
-        )
+        else:
+            chosen = {"batch_sampler": self._chosen(generator)}
+            if self.seed is not None:
+                dataset = _Seeded(dataset, self.seed, self.epoch)
+        batches = DataLoader(dataset, **chosen, num_workers=self.workers, generator=generator)
         for _, (images, labels) in zip(range(len(self)), batches, strict=False):
             yield images, torch.as_tensor(labels, dtype=torch.int64)
+
+    def _chosen(self, generator: torch.Generator) -> list[Sequence[int]]:
+        """Which images of a data set that can be indexed this process reads, by batches."""
+        if self.seed is None:
+            return _in_batches(self.share.of_all(range(len(self.dataset))), self.batch_size)
+        order = torch.randperm(len(self.dataset), generator=generator).tolist()
+        return [self.share.of_batch(batch) for batch in _in_batches(order, self.batch_size)[: len(self)]]
+
+
+def _in_batches(indices: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [indices[begin : begin + size] for begin in range(0, len(indices), size)]
 
 
 class _Seeded(Dataset):

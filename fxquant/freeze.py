@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import cost
+from .distributed import part_of
 from .errors import SpecError
 from .estimators import Estimator
 from .layers import QATLayer
@@ -94,7 +95,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable) -> None:
         for images in _images(batches):
             whole = whole or len(images)
             if len(images) >= whole:
-                model(images.to(device))
+                model(part_of(images).to(device))
     except BaseException:
         for norm, state in zip(norms, before, strict=True):
             norm.load_state_dict(state)

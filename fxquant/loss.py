@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from . import cost
 from .computed import effective_weight
+from .distributed import mean_over_processes
 from .errors import UnknownNameError
 from .estimators import Estimator
 from .prepare import prepared_info
@@ -71,6 +72,11 @@ class QATLoss(nn.Module):
     ``total = task_weight·task + distillation_weight·distillation + budget_weight·budget + estimator
     + dampening_weight·dampening``. Under autocast the parts are computed in float32.
 
+    A step may be made of several calls (gradient accumulation), each with its ``share`` of the step's images. Each
+    returns its share of the parts, the last one those that are of the model alone (budget, widths, dampening) as well:
+    sums over the calls are what one call with all images would return, and so are gradients. In
+    :func:`fxquant.distributed.whole_batch`, the running mean of the loss is of the images of all processes.
+
     Args:
         task: loss of (logits, labels), such as ``nn.CrossEntropyLoss()``.
         budget: what learned widths are pulled towards; ``sum(smooth_l1(cost, target))`` over its bounds, BOPs and
@@ -107,24 +113,31 @@ class QATLoss(nn.Module):
         self._teacher = (None if teacher is None else copy.deepcopy(teacher).eval().requires_grad_(False),)
         self.register_buffer("mean_task_loss", torch.zeros(()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._begun: tuple[float, Tensor | float] = (0.0, 0.0)  # share of a step that is done, and its loss
 
-    def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> LossParts:
-        """Run ``model`` on ``images`` [N, C, H, W] and return the parts of the objective."""
+    def forward(self, model: nn.Module, images: Tensor, labels: Tensor, share: float = 1.0) -> LossParts:
+        """Run ``model`` on ``images`` [N, C, H, W] and return the parts of the objective.
+
+        Args:
+            model: from :func:`fxquant.prepare`, or that in DistributedDataParallel.
+            images, labels: a batch, or a part of one.
+            share: how much of a step the part is, 1 for all.
+        """
         inner = getattr(model, "module", model)
-        logits = model(images).float()
+        logits = _precise(model(images))
         zero = logits.new_zeros(())
-        task = self.task(logits, labels)
+        task = share * self.task(logits, labels)
         distillation = zero
         teacher = self._teacher[0]
         if teacher is not None and self.distillation_weight:
             with torch.no_grad():
-                teacher_logits = teacher(images).float()
-            distillation = self.distillation(logits, teacher_logits)
+                teacher_logits = _precise(teacher(images))
+            distillation = share * self.distillation(logits, teacher_logits)
         main = self.task_weight * task + self.distillation_weight * distillation
-        self._track(main.detach())
-        budget = self.budget_penalty(inner) if self.budget else zero
-        estimator = self.estimator_terms(inner, zero)
-        dampening = oscillation(inner) if self.dampening_weight else zero
+        complete = self._track(main.detach(), share)
+        budget = self.budget_penalty(inner) if self.budget and complete else zero
+        estimator = self.estimator_terms(inner, zero, share, complete)
+        dampening = oscillation(inner) if self.dampening_weight and complete else zero
         total = main + self.budget_weight * budget + estimator + self.dampening_weight * dampening
         return LossParts(task, distillation, budget, estimator, dampening, total)
 
@@ -149,16 +162,34 @@ class QATLoss(nn.Module):
                 parts.append(F.smooth_l1_loss(now, torch.full_like(now, target / unit)))
         return torch.stack(parts).sum()
 
-    def estimator_terms(self, model: nn.Module, zero: Tensor) -> Tensor:
-        """Sum of the regularizers of all kinds of estimators in the model, a scalar."""
+    def estimator_terms(self, model: nn.Module, zero: Tensor, share: float = 1.0, complete: bool = True) -> Tensor:
+        """Sum of the regularizers of all kinds of estimators in the model, a scalar; those of the model alone where a
+        step is ``complete``."""
         kinds: dict[type[Estimator], list[Estimator]] = {}
         for module in model.modules():
             if isinstance(module, Estimator) and module._initialized and not module._frozen:
                 kinds.setdefault(type(module), []).append(module)
-        terms = [kind.regularizer(members, self.mean_task_loss.clone()) for kind, members in kinds.items()]
-        return sum((term for term in terms if term is not None), zero)
+        total = zero
+        for kind, members in kinds.items():
+            if complete or kind.regularizes_batches:
+                term = kind.regularizer(members, self.mean_task_loss.clone())
+                if term is not None:
+                    total = total + (share * term if kind.regularizes_batches else term)
+        return total
 
-    def _track(self, loss: Tensor) -> None:
+    def _track(self, loss: Tensor, share: float) -> bool:
+        """Take in a share of a step's loss; whether that completes the step."""
+        done, before = self._begun
+        if done + share < 1 - 1e-6:
+            self._begun = done + share, before + loss
+            return False
+        loss, self._begun = mean_over_processes(before + loss), (0.0, 0.0)
         self.steps += 1
         momentum = 1 / self.steps.clamp(max=100)
         self.mean_task_loss.lerp_(loss.to(self.mean_task_loss.dtype), momentum.to(self.mean_task_loss.dtype))
+        return True
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """In float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
+from .distributed import Share
 from .errors import EmptyDataError, FxQuantError, SpecError
 from .files import write_bytes
 
@@ -82,6 +83,7 @@ class PixelBatches:
         self.pixels, self.chosen, self.batch_size = pixels, chosen, batch_size
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
         self.seed, self.augmentation, self.epoch = seed, augmentation, 0
+        self.share = Share()
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.chosen), self.batch_size)
@@ -90,7 +92,7 @@ class PixelBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels, _ = self.pixels
         if self.seed is None:
-            for batch in self.chosen.split(self.batch_size):
+            for batch in self.share.of_all(self.chosen).split(self.batch_size):
                 yield self._normalised(images[batch]), labels[batch]
             return
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
@@ -98,7 +100,7 @@ class PixelBatches:
         down, right = torch.randint(0, 2 * self.augmentation.shift + 1, (2, len(images)), generator=generator)
         mirrored = torch.randint(0, 2, (len(images),), generator=generator).bool() & self.augmentation.flip
         order = self.chosen[torch.randperm(len(self.chosen), generator=generator)]
-        for batch in order.split(self.batch_size)[: len(self)]:
+        for batch in map(self.share.of_batch, order.split(self.batch_size)[: len(self)]):
             moved = _cut(images[batch], self.augmentation.shift, down[batch], right[batch], mirrored[batch])
             yield self._normalised(moved), labels[batch]
 

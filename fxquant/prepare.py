@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from . import cost
 from ._torch_ao import QConfigMapping, deprecations_silenced, prepare_captured
 from .computed import effective_weight
+from .distributed import part_of
 from .edges import place_edges, place_operand_edges, share_grids
 from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecError
 from .estimators import Bits, Estimator
@@ -186,7 +187,9 @@ def calibrate(model: nn.Module, batches: Iterable, max_batches: int = 16) -> Non
             for index, images in enumerate(_images(batches)):
                 if index == max_batches:
                     break
-                model(images.to(device))
+                model(part_of(images).to(device))
+        for estimator in activations:
+            estimator.pool_calibration()
         for name, layer in cost.qat_layers(model).items():
             observer = layer.input_fake_quant._observer
             if observer.empty:

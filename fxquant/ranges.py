@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import grid
+from .distributed import gathered, position
 from .errors import ConstantTensorError, EmptyDataError, NonFiniteError
 
 METHODS = ("minmax", "percentile", "mse")
@@ -27,6 +28,7 @@ class RangeObserver:
         self.low: Tensor | None = None
         self.high: Tensor | None = None
         self._rows: list[Tensor] = []
+        self._pooled = False
 
     def update(self, x: Tensor, axis: int | None, what: str) -> None:
         """Take in one batch of ``x``, split into channels along ``axis``.
@@ -54,9 +56,22 @@ class RangeObserver:
             )
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
-        if rows.shape[1] > _SAMPLE_PER_BATCH and axis is None:
-            rows = rows[:, :: -(-rows.shape[1] // _SAMPLE_PER_BATCH)]
+        index, parts = position()
+        values = rows.shape[1]
+        if values * parts > _SAMPLE_PER_BATCH and axis is None:
+            every = -(-values * parts // _SAMPLE_PER_BATCH)  # of the whole batch, wherever a part of it begins
+            rows = rows[:, -index * values % every :: every]
         self._rows.append(rows.clone())
+        self._pooled = False
+
+    def pool(self) -> None:
+        """Take in what the processes saw that have the other parts (:func:`fxquant.distributed.whole_batch`)."""
+        if self._pooled or self.empty:
+            return
+        lows, highs = (torch.stack(gathered(end[None])).amin(0)[0] for end in (self.low, -self.high))
+        self.low, self.high = lows, -highs
+        self._rows = [rows.T for rows in gathered(torch.cat(self._rows, 1).T)]
+        self._pooled = True
 
     @property
     def empty(self) -> bool:

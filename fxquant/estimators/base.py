@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import grid, ranges
 from .._torch_ao import FakeQuantizeBase
+from ..distributed import mean_gradient
 from ..errors import SpecError
 from ..schedule import Schedule
 from .functions import BinaryFunction, StraightThroughFunction
@@ -76,6 +77,7 @@ class Estimator(FakeQuantizeBase):
     name: ClassVar[str]
     can_learn_width: ClassVar[bool] = False
     learns_zero_point: ClassVar[bool] = True
+    regularizes_batches: ClassVar[bool] = False  # whether regularizer() is of what the last forward saw
 
     def __init__(
         self,
@@ -172,6 +174,12 @@ class Estimator(FakeQuantizeBase):
 
     def _first_whole_width(self) -> int:
         return self.bits if isinstance(self.bits, int) else self.bits[1]
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether the gradient to x is no linear function of that to the output, so that the mean of several is not
+        that of their mean."""
+        return False
 
     @property
     def learns_width(self) -> bool:
@@ -293,6 +301,8 @@ class Estimator(FakeQuantizeBase):
         self.require_initialized()
         if self.training and not self._frozen:
             out = self.train_forward(x)
+            if self.scales_gradients and self.scheme == "symmetric":
+                out = mean_gradient(out)  # of a weight; an activation's is of this process's images alone
             return out if self.output_is_kept else out.clone()
         return self.eval_forward(x)
 
@@ -335,10 +345,16 @@ class Estimator(FakeQuantizeBase):
         if observer is not None and not observer.empty:
             self._initialize(observer)
 
+    def pool_calibration(self) -> None:
+        """In :func:`fxquant.distributed.whole_batch`, take in what the other processes recorded."""
+        if self._observer is not None and self.scheme != "symmetric":  # weights are the same in all of them
+            self._observer.pool()
+
     def initialize_from(self, tensor: Tensor) -> None:
         """Set the range from one tensor: how a weight quantizer starts, without data."""
         self.start_calibration()
         self._take_in(tensor.detach())
+        self.pool_calibration()
         self.finish_calibration()
 
     def require_initialized(self) -> None:
@@ -349,10 +365,10 @@ class Estimator(FakeQuantizeBase):
             )
 
     def _take_in(self, x: Tensor) -> None:
-        observer = self._observer or ranges.RangeObserver()
-        observer.update(x, self.axis, self.where)
         if not self._calibrating:
-            self._initialize(observer)
+            self.initialize_from(x)
+            return
+        self._observer.update(x, self.axis, self.where)
 
     def _initialize(self, observer: ranges.RangeObserver) -> None:
         with torch.no_grad():

@@ -21,5 +21,9 @@ class EWGS(LearnedStep):
         super().__init__(bits, **options)
         self.delta = at_least_zero(delta, "delta")
 
+    @property
+    def scales_gradients(self) -> bool:
+        return self.delta > 0
+
     def train_forward(self, x: Tensor) -> Tensor:
         return self.straight_through(x, delta=self.delta, gradient_scale=self.step_gradient_scale(x))

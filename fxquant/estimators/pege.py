@@ -42,6 +42,7 @@ class PEGE(LearnedStep):
     """
 
     name = "pege"
+    regularizes_batches = True
 
     def __init__(
         self,
@@ -64,6 +65,10 @@ class PEGE(LearnedStep):
 
     def schedules(self, total_steps: int) -> dict[str, Schedule]:
         return {"replaced": logarithmic(self.kappa, self.curriculum * total_steps)}
+
+    @property
+    def scales_gradients(self) -> bool:
+        return self.delta > 0
 
     def train_forward(self, x: Tensor) -> Tensor:
         scale, step_gradient_scale = self._viewed(self.scale(), x), self.step_gradient_scale(x)
