@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -181,12 +182,14 @@ def stored_recipe(text: str, path: Path) -> Recipe:
 
 
 def _differing_keys(stored: str | bytes, recipe: Recipe, path: Path) -> list[str]:
-    """Where two recipes differ in what matters. A key that one of them lacks, as an older version's does, is None.
+    """Where two recipes differ in what matters. A key that an older version's recipe lacks has its default.
 
     Raises:
         CheckpointError: where ``stored``, of the file ``path``, is none.
     """
     try:
+        with contextlib.suppress(RecipeError):
+            stored = parse_recipe(json.loads(stored), "the run").to_json()
         before = _what_matters(stored)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(

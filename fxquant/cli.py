@@ -63,9 +63,26 @@ def main() -> None:
         err.print(f"[bold red]parity failed:[/] {error}", markup=True)
         sys.exit(3)
     except FxQuantError as error:
-        err.print("[bold red]error:[/] ", end="")
-        err.print(str(error), markup=False)
+        if _speaks():
+            err.print("[bold red]error:[/] ", end="")
+            err.print(str(error), markup=False)
         sys.exit(1 if isinstance(error, DataWorkerError) else 2)
+    except RuntimeError as error:
+        from .train.processes import lost_another
+
+        if not _speaks():
+            sys.exit(2)
+        if not lost_another(error):
+            raise
+        err.print("[bold red]error:[/] another process of this run is gone; start it again with --resume", markup=True)
+        sys.exit(2)
+
+
+def _speaks() -> bool:
+    """Whether this process is to say why the run ended: of several, the first that it ended in."""
+    from .train.processes import first_to_fail
+
+    return first_to_fail()
 
 
 @app.command("ls")
@@ -123,16 +140,22 @@ def run(
     try:
         with terminable():
             from .train import run as run_recipe
+            from .train.processes import leave
 
             with _Bars(out) as bars:
                 outcome = run_recipe(resolved, folder, resume=resume, progress=bars)
     except KeyboardInterrupt as interrupt:
         how = "interrupted" if type(interrupt) is KeyboardInterrupt else "terminated"
-        err.print(f"{how}; {how_to_go_on(folder)}", markup=False)
+        if _speaks():
+            err.print(f"{how}; {how_to_go_on(folder)}", markup=False)
         raise typer.Exit(STATUS[type(interrupt)]) from None
     except (WriteError, DataWorkerError, DivergenceError):
-        err.print(how_to_go_on(folder), markup=False)
+        if _speaks():
+            err.print(how_to_go_on(folder), markup=False)
         raise
+    leave()
+    if outcome is None:
+        return
     if not resolved.quantizes:
         accuracy = outcome.result["float_accuracy"]
         out.print(f"{resolved.name}, seed {resolved.seed}: float, {accuracy:.2f} %; written to {folder}", markup=False)
@@ -463,13 +486,13 @@ class _Bars:
         self.task = None
 
     def __enter__(self) -> _Bars:
-        self.bars.start()
         return self
 
     def __exit__(self, *exc) -> None:
         self.bars.stop()
 
     def start(self, stage: str, steps: int, done: int = 0) -> None:
+        self.bars.start()
         self.task = self.bars.add_task(stage, total=steps, completed=done, values="")
 
     def step(self, values: dict[str, float]) -> None:

@@ -71,12 +71,12 @@ class DataSection(_Section):
     name: str = Field("folder", description="digits, cifar10, folder, or what timm reads: hfds/..., tfds/...")
     dir: str | None = Field(None, description="folder that holds it, for all but digits")
     image_size: int | None = Field(None, gt=0, description="the model's own when not given")
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(64, gt=0, description="images a step, of all processes and accumulated parts together")
     shift: int = Field(0, ge=0, description="digits, cifar10: pixels by which training images are moved at random")
     flip: bool = Field(False, description="cifar10: whether training images are mirrored at random")
     validation: int = Field(0, ge=0, description="cifar10: training images kept from training, evenly by class")
     cache: str | None = Field(None, description="cifar10: folder that keeps decoded images for the next run")
-    workers: int = Field(4, ge=0, description="processes that read images")
+    workers: int = Field(4, ge=0, description="processes that read images, beside each that trains")
     splits: tuple[str, str] = Field(("train", "validation"), description="the part to train on, the part held out")
     augmentation: dict[str, Any] = Field(default_factory=dict, description="arguments of timm's create_transform")
     plain_batches: int = Field(64, gt=0, description="training batches for calibration (as they are) and BatchNorm")
@@ -116,6 +116,12 @@ class _Training(_Section):
     autocast: Literal["float32", "bfloat16"] = Field("float32", description="of layers; quantizers stay in float32")
     average: float = Field(0.0, ge=0, lt=1, description="decay of the weights' average, which ships; 0 keeps none")
     select: Literal["last", "best"] = Field("last", description="epoch that ships; the best one on data.validation")
+    accumulate: int = Field(
+        1,
+        gt=0,
+        description="parts in which a process computes its images of a step; BatchNorm, EWGS and PEGE see one each",
+    )
+    sync_batch_norm: bool = Field(True, description="whether BatchNorm's statistics are of the images of all processes")
 
 
 class FloatSection(_Training):
@@ -284,9 +290,16 @@ class Recipe(_Section):
             raise SpecError("[allocation] keeps to a budget; say which in [budget], such as mean_weight_bits = 4")
         sections = {"float": self.float_training, "train": self.train}
         for name, section in sections.items():
-            if section is not None and section.select == "best" and not self.data.validation:
+            if section is None:
+                continue
+            if section.select == "best" and not self.data.validation:
                 raise SpecError(
                     f"{name}.select = 'best' chooses by images kept from training; set data.validation to how many"
+                )
+            if self.data.batch_size % section.accumulate:
+                raise SpecError(
+                    f"{name}.accumulate = {section.accumulate} splits every batch into as many parts, which "
+                    f"data.batch_size = {self.data.batch_size} is no multiple of"
                 )
         return self
 

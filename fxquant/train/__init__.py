@@ -6,6 +6,7 @@ The only package that knows timm's models and optimizers, and accelerate.
 * ``loop`` - epochs of one stage, a checkpoint after each; ``divergence`` says where a loss stopped being a number.
 * ``evaluate`` - predictions and accuracy.
 * ``allocation`` - widths that a recipe has chosen before it trains, and the rules that a checkpoint keeps of them.
+* ``processes`` - those that train together, and what they do together.
 * ``runner`` - the stages one after the other; ``progress`` is what it tells whoever watches.
 * ``load`` - a finished run read back; ``source`` - a recipe or a run opened for analysis; ``target`` - the reference on
   a backend.

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
 from ..data import Loader
+from ..distributed import even_parts, mean_over_processes, whole_batch
 from ..recipe import Recipe
 from ..schedule import Schedule, cosine, linear
 from .build import make_optimizer
 from .guard import Guard
 from .keeper import Keeper
+from .processes import Processes
 from .progress import Progress
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-Objective = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""(model, images, labels) to the loss and to what is shown beside the bar."""
+Objective = Callable[[nn.Module, Tensor, Tensor, float], tuple[Tensor, dict[str, Tensor]]]
+"""(model, images, labels, share of the step that they are) to the loss and to what is shown beside the bar, both of
+which add up over the parts of a step."""
 
 
 class Stateful(Protocol):
@@ -61,8 +60,11 @@ class Stage:
         optimizer: timm's name of it.
         epochs: how many, over ``loader``.
         schedule: factor of the learning rates at a step.
-        loader: training images, by epoch.
-        objective: loss of a batch.
+        loader: training images, by epoch; this process's share of them.
+        objective: loss of a batch, or of a part of one.
+        accumulate: parts in which a process computes its images of a step.
+        sync_batch_norm: whether BatchNorm's statistics are of the images of all processes.
+        parameters_retire: whether parameters go out of use while it trains.
         autocast: floating type that ``objective`` computes in where it may; quantizers and losses stay in float32.
         after_step: called after every optimizer step.
         after_epoch: called after every epoch with its number, from 1, before the checkpoint is written.
@@ -80,6 +82,9 @@ class Stage:
     loader: Loader
     objective: Objective
     keeper: Keeper
+    accumulate: int = 1
+    sync_batch_norm: bool = True
+    parameters_retire: bool = False
     autocast: torch.dtype = torch.float32
     after_step: Callable[[], None] = lambda: None
     after_epoch: Callable[[int], None] = lambda epoch: None
@@ -93,7 +98,7 @@ class Loop:
     Args:
         recipe: kept in every checkpoint.
         output: folder of the run.
-        accelerator: device and wrapping of model and optimizer.
+        processes: that train together.
         progress: who watches.
         started: ``time.perf_counter()`` at which the run began, less what it took before it was cut.
         guard: of the run, against divergence.
@@ -103,12 +108,12 @@ class Loop:
         self,
         recipe: Recipe,
         output: Path,
-        accelerator: Accelerator,
+        processes: Processes,
         progress: Progress,
         started: float,
         guard: Guard,
     ):
-        self.recipe, self.output, self.accelerator, self.progress = recipe, output, accelerator, progress
+        self.recipe, self.output, self.processes, self.progress = recipe, output, processes, progress
         self.started, self.guard = started, guard
 
     def train(self, stage: Stage, state: dict[str, Any] | None = None) -> None:
@@ -134,9 +139,11 @@ class Loop:
                 part.load_state_dict(state[name])
             for group, lr in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
                 group["lr"] = lr * scaled(scheduler.last_epoch)  # after a rollback not what the checkpoint says
-            _restore_random(state["random"])
+            self.processes.restore_random(state["random"], self.recipe.seed)
             first = state["epochs_done"]
-        wrapped, prepared = self.accelerator.prepare(stage.model, optimizer)
+        else:
+            self.processes.seed_apart(self.recipe.seed)
+        wrapped, prepared = self.processes.wrap(stage.model, optimizer, parameters_retire=stage.parameters_retire)
         self.progress.start(stage.name, stage.epochs * len(stage.loader), first * len(stage.loader))
         for epoch in range(first, stage.epochs):
             stage.loader.epoch = epoch
@@ -150,24 +157,33 @@ class Loop:
                     stage.after_step()
                 self.progress.step(shown)
             guard.end_epoch(place, stage.model, images)
-            shown |= stage.keeper.after_epoch(epoch + 1)
+            with whole_batch():
+                shown |= stage.keeper.after_epoch(epoch + 1)
             stage.history.epochs.append({"epoch": epoch + 1, **shown})
             stage.after_epoch(epoch + 1)
             saved = {name: part.state_dict() for name, part in parts.items()}
-            saved |= {"stage": stage.name, "epochs_done": epoch + 1, "random": _random_state()}
+            saved |= {"stage": stage.name, "epochs_done": epoch + 1, "random": self.processes.random_state()}
             saved["seconds"] = time.perf_counter() - self.started
-            checkpoint.save_checkpoint(self.output, self.recipe, saved)
+            self.processes.only_first(partial(checkpoint.save_checkpoint, self.output, self.recipe, saved))
         stage.keeper.restore()
+        if not stage.sync_batch_norm:
+            self.processes.unify_buffers(stage.model)
 
     def _step(self, stage, place, model, optimizer, images, labels) -> dict[str, float]:
-        device = self.accelerator.device
+        device = self.processes.accelerator.device
         images, labels = images.to(device), labels.to(device)
-        with torch.autocast(device.type, stage.autocast, enabled=stage.autocast != torch.float32):
-            loss, shown = stage.objective(model, images, labels)
+        optimizer.zero_grad()
+        parts = zip(*(even_parts(all_of, stage.accumulate, "parts") for all_of in (images, labels)), strict=True)
+        shown: dict[str, Tensor] = {}
+        for number, part in enumerate(parts, 1):
+            last = number == stage.accumulate
+            with self.processes.part_of_step(model, last=last, sync_batch_norm=stage.sync_batch_norm):
+                with torch.autocast(device.type, stage.autocast, enabled=stage.autocast != torch.float32):
+                    loss, values = stage.objective(model, *part, 1 / stage.accumulate)
+                self.processes.accelerator.backward(loss)
+            shown = {name: shown.get(name, 0) + value.detach() for name, value in values.items()}
         shown = _numbers(shown)
         self.guard.check(place, stage.model, images, shown)
-        optimizer.zero_grad()
-        self.accelerator.backward(loss)
         optimizer.step()
         return shown
 
@@ -181,29 +197,9 @@ def learning_rate(steps: int, warmup: float, hold: float = 0.0) -> Schedule:
     return lambda step: up(step) if step < rise else down(step)
 
 
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def _numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
-    """Scalars as numbers, with one wait for the device; parts of the objective that are 0, being off, are left out."""
-    values = torch.stack([value.detach().float() for value in scalars.values()]).tolist()
+    """Scalars as numbers, means over processes, with one wait for the device; parts of the objective that are 0, being
+    off, are left out."""
+    with whole_batch():
+        values = mean_over_processes(torch.stack([value.float() for value in scalars.values()])).tolist()
     return {name: value for name, value in zip(scalars, values, strict=True) if name == "total" or value != 0}
-
-
-def _random_state() -> dict[str, Any]:
-    """Of every generator there is, in plain values: numpy's keys are an array, which no checkpoint holds."""
-    name, keys, *rest = np.random.get_state()
-    states = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-    return states | {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
-
-
-def _restore_random(state: dict[str, Any]) -> None:
-    if "python" in state:  # an older version's checkpoint has torch's alone
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -18,9 +18,11 @@ from ..allocate import require_allocatable
 from ..analyze import analyze
 from ..controller import Controller, param_groups
 from ..convert import convert
-from ..data import Data, dead_workers_in_words
+from ..data import Data, Loader, dead_workers_in_words
+from ..distributed import even_parts, whole_batch
 from ..dynamics import CapacityRecorder
 from ..errors import FxQuantError
+from ..estimators import Estimator
 from ..files import write_bytes, write_json, write_text
 from ..freeze import freeze, settle
 from ..loss import QATLoss
@@ -36,7 +38,8 @@ from .build import build_model, make_optimizer, model_and_data, prepared_with, p
 from .evaluate import accuracy, predictions
 from .guard import Diverged, Guard
 from .keeper import Keeper
-from .loop import History, Loop, Stage, learning_rate, seed_everything
+from .loop import History, Loop, Stage, learning_rate
+from .processes import Processes, seed_everything
 from .progress import Progress, Silent
 from .target import lower_to
 
@@ -53,51 +56,56 @@ class RunOutcome:
 
 
 @dead_workers_in_words()
-def run(recipe: Recipe, output: Path, *, resume: bool = False, progress: Progress | None = None) -> RunOutcome:
+def run(recipe: Recipe, output: Path, *, resume: bool = False, progress: Progress | None = None) -> RunOutcome | None:
     """Carry out a recipe and leave its files in ``output``; see :func:`fxquant.checkpoint.claim_output`.
 
     Writes ``recipe.json``, ``checkpoint.pt`` after every epoch, ``model.fxq`` and ``result.json``; a recipe without
     ``[train]`` leaves its float weights, ``float.safetensors``, in place of ``model.fxq``. A run that was cut and is
     resumed ends with the same weights and integers, bit for bit, on a CPU.
 
+    In several processes (:mod:`fxquant.train.processes`) all call this; the first writes the files and tells
+    ``progress``, and the others return ``None`` after the last epoch, while it converts and verifies.
+
     Raises:
         FxQuantError: for anything a user can mend. Parity is in the outcome's report, for the caller to judge.
     """
-    progress = progress or Silent()
-    checkpoint.claim_output(output, resume)
-    state = checkpoint.checkpoint_for(output, recipe) if resume else None
-    if resume and state is None:
-        progress.note(f"{output} holds no checkpoint yet; starting from the beginning")
+    processes = Processes()
+    progress = progress if progress is not None and processes.is_first else Silent()
     guard = Guard(recipe.divergence)
-    while True:
-        try:
-            return _Run(recipe, output, progress, guard).execute(state)
-        except Diverged as diverged:
-            rollback = guard.roll_back(diverged)
-        progress.note(rollback)
-        state = checkpoint.checkpoint_for(output, recipe)  # None before the first: from the beginning
+    with processes.warnings_of_first():
+        state = processes.from_first(lambda: _claim(recipe, output, resume))
+        if resume and state is None:
+            progress.note(f"{output} holds no checkpoint yet; starting from the beginning")
+        while True:
+            try:
+                return _Run(recipe, output, processes, progress, guard).execute(state)
+            except Diverged as diverged:
+                rollback = guard.roll_back(diverged)
+            progress.note(rollback)
+            # None before the first: from the beginning
+            state = processes.from_first(lambda: checkpoint.checkpoint_for(output, recipe))
+
+
+def _claim(recipe: Recipe, output: Path, resume: bool) -> dict[str, Any] | None:
+    checkpoint.claim_output(output, resume)
+    return checkpoint.checkpoint_for(output, recipe) if resume else None
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, output: Path, progress: Progress, guard: Guard):
-        from accelerate import Accelerator
-
-        self.recipe, self.output, self.progress, self.guard = recipe, output, progress, guard
+    def __init__(self, recipe: Recipe, output: Path, processes: Processes, progress: Progress, guard: Guard):
+        self.recipe, self.output, self.processes = recipe, output, processes
+        self.progress, self.guard = progress, guard
+        self.device = processes.accelerator.device
         self.started = time.perf_counter()
-        self.accelerator = Accelerator()
-        if self.accelerator.num_processes > 1:
-            raise FxQuantError(
-                f"fxquant run was started in {self.accelerator.num_processes} processes; it trains in one. Start it "
-                "without accelerate launch, or with --num_processes 1"
-            )
         self.float_history = History()
-        self.data = self._rehearse()
-        seed_everything(recipe.seed)
-        self.float_model = build_model(recipe).to(self.accelerator.device)
+        with processes.together():
+            self.data = self._rehearse()
+            seed_everything(recipe.seed)
+            self.float_model = build_model(recipe).to(self.device)
 
-    def execute(self, state: dict | None) -> RunOutcome:
+    def execute(self, state: dict | None) -> RunOutcome | None:
         recipe = self.recipe
-        write_json(self.output / checkpoint.RECIPE, recipe.model_dump(mode="json", by_alias=True))
+        self._write(write_json, checkpoint.RECIPE, recipe.model_dump(mode="json", by_alias=True))
         stage = state["stage"] if state else "float"
         if state:
             self.started -= state["seconds"]
@@ -107,24 +115,31 @@ class _Run:
         else:
             self.float_model.load_state_dict(state["float_model"])
         self.float_model.eval()
-        float_accuracy = accuracy(*predictions(self.float_model, self.data.test()))
+        with whole_batch():
+            float_accuracy = accuracy(*predictions(self.float_model, self._shared(self.data.test())))
         if not recipe.quantizes:
-            return self._leave_float(float_accuracy)
+            return self._leave_float(float_accuracy) if self.processes.is_first else None
 
         # The quantized training starts from its own seed, so that a resumed run and a whole one agree.
         seed_everything(recipe.seed)
         plain = self.data.plain()  # for calibration and the check of kernels alike
         rules = ChosenRules(rules_of(recipe, state))
-        model = prepared_with(recipe, self.float_model, rules.rules, plain)
-        if recipe.allocation is not None and state is None:
-            allocation = allocate_for(recipe, model)
-            write_text(self.output / checkpoint.RULES, allocation.to_toml(recipe.quantization.estimator))
-            rules = ChosenRules(allocation.rules)
+        with whole_batch():
             model = prepared_with(recipe, self.float_model, rules.rules, plain)
+        if recipe.allocation is not None and state is None:
+            # Each process measures the same, that none waits long for another; the first one's widths are taken.
+            allocation = allocate_for(recipe, model)
+            self._write(write_text, checkpoint.RULES, allocation.to_toml(recipe.quantization.estimator))
+            rules = ChosenRules(self.processes.from_first(lambda: allocation.rules))
+            with whole_batch():
+                model = prepared_with(recipe, self.float_model, rules.rules, plain)
         self.progress.prepared(model)
         history = self._train_quantized(model, rules, state)
         budget = recipe.built_budget()
-        settle(model, budget, calibration=statistics_images(recipe, self.data))
+        with whole_batch():
+            settle(model, budget, calibration=statistics_images(recipe, self.data))
+        if not self.processes.is_first:
+            return None  # what is left takes one process, and the others need not wait for it
         model.cpu()  # integer kernels and the exactness of sums are a matter of the CPU
         simulated, labels = predictions(model, self.data.test())
         freeze(model, budget, calibration=())  # BatchNorm has been re-estimated
@@ -154,6 +169,7 @@ class _Run:
     def _rehearse(self) -> Data:
         """Whatever can be wrong with the recipe comes out here, before anything is trained or written."""
         float_model, data = model_and_data(self.recipe)
+        self._require_even_parts()
         make_optimizer(param_groups(float_model, 1e-3), self.recipe.float_training.optimizer)
         if self.recipe.quantizes:
             model = prepared_without_data(self.recipe, float_model, self.recipe.built_rules(), data)
@@ -170,6 +186,13 @@ class _Run:
             )
         return data
 
+    def _require_even_parts(self) -> None:
+        for section in (self.recipe.float_training, self.recipe.train):
+            if section is not None:
+                parts = self.processes.count * section.accumulate
+                what = f"parts ({self.processes.count} processes, accumulate = {section.accumulate})"
+                even_parts(range(self.recipe.data.batch_size), parts, what)
+
     def _require_budget(self, model: fx.GraphModule) -> None:
         budget, section = self.recipe.built_budget(), self.recipe.allocation
         if section is None:
@@ -182,11 +205,11 @@ class _Run:
 
     def _train_float(self, state: dict | None) -> None:
         section = self.recipe.float_training
-        loader = self.data.train(self.recipe.seed)
+        loader = self._shared(self.data.train(self.recipe.seed))
         criterion = nn.CrossEntropyLoss()
 
-        def objective(model, images, labels):
-            loss = criterion(model(images).float(), labels)
+        def objective(model, images, labels, share):
+            loss = share * criterion(model(images).float(), labels)
             return loss, {"loss": loss}
 
         keeper = self._keeper(section, self.float_model)
@@ -200,15 +223,17 @@ class _Run:
             loader,
             objective,
             keeper,
-            getattr(torch, section.autocast),
-            keeper.after_step,
+            section.accumulate,
+            section.sync_batch_norm,
+            autocast=getattr(torch, section.autocast),
+            after_step=keeper.after_step,
             history=self.float_history,
         )
         self._loop().train(stage, state)
 
     def _train_quantized(self, model: fx.GraphModule, rules: ChosenRules, state: dict | None) -> History:
         recipe, section = self.recipe, self.recipe.train
-        loader = self.data.train(recipe.seed)
+        loader = self._shared(self.data.train(recipe.seed))
         total = section.epochs * len(loader)
         budget = recipe.built_budget()
         criterion = QATLoss(
@@ -219,7 +244,7 @@ class _Run:
             task_weight=section.task_weight,
             distillation_weight=section.distillation_weight,
             budget_weight=section.budget_weight,
-        ).to(self.accelerator.device)
+        ).to(self.device)
         dampening = cosine(0.0, section.dampening, total)
         held = None if section.freeze_batch_norm is None else round(section.freeze_batch_norm * total)
         controller = Controller(
@@ -233,14 +258,15 @@ class _Run:
         )
         keeper = self._keeper(section, model, lambda: controller.final)
         layers, costs = cost.qat_layers(model), model.meta["fxquant"].costs
+        estimators = [module for module in model.modules() if isinstance(module, Estimator)]
 
-        def objective(model, images, labels):
+        def objective(model, images, labels, share):
             criterion.dampening_weight = dampening(controller.steps_done)
-            parts = criterion(model, images, labels)
+            parts = criterion(model, images, labels, share)
             shown = parts._asdict()
             with torch.no_grad():
-                shown["W bits"] = cost.mean_weight_bits(layers, costs)
-                shown["A bits"] = cost.mean_activation_bits(layers, costs)
+                shown["W bits"] = share * cost.mean_weight_bits(layers, costs)
+                shown["A bits"] = share * cost.mean_activation_bits(layers, costs)
             return parts.total, shown
 
         def after_step():
@@ -251,7 +277,11 @@ class _Run:
         kept = {"float_model": self.float_model, "criterion": criterion, "controller": controller}
         if recipe.allocation is not None:
             kept["rules"] = rules
-        record = CapacityRecorder(model, self.data.plain(), self.output, resumed=state is not None)
+        recorder = CapacityRecorder(model, self.data.plain(), self.output, resumed=state is not None)
+
+        def record(epoch):
+            self.processes.only_first(lambda: recorder(epoch))
+
         if state is None:
             record(0)
         stage = Stage(
@@ -264,6 +294,10 @@ class _Run:
             loader,
             objective,
             keeper,
+            section.accumulate,
+            section.sync_batch_norm,
+            # Those of a width that becomes whole, and zero-points where a new range proves one-sided.
+            section.start_bits is not None or any(e.can_learn_width for e in estimators),
             getattr(torch, section.autocast),
             after_step,
             record,
@@ -276,10 +310,20 @@ class _Run:
         self, section: FloatSection | TrainSection, model: nn.Module, final: Callable[[], bool] = lambda: True
     ) -> Keeper:
         average = WeightAverage(model, section.average) if section.average else None
-        return Keeper(model, average, self.data.validation() if section.select == "best" else None, final)
+        validation = self._shared(self.data.validation()) if section.select == "best" else None
+        return Keeper(model, average, validation, final)
 
     def _loop(self) -> Loop:
-        return Loop(self.recipe, self.output, self.accelerator, self.progress, self.started, self.guard)
+        return Loop(self.recipe, self.output, self.processes, self.progress, self.started, self.guard)
+
+    def _shared(self, loader: Loader) -> Loader:
+        """A loader of this process's share alone."""
+        loader.share = self.processes.share
+        return loader
+
+    def _write(self, write: Callable[[Path, Any], None], name: str, content: Any) -> None:
+        """A file of the run's folder, by the first process."""
+        self.processes.only_first(lambda: write(self.output / name, content))
 
     # ---- result ------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from ..spec import Rule
 from .allocation import rules_of
 from .build import build_model, model_and_data, prepared_with
 from .load import read_quantized, restored
-from .loop import seed_everything
+from .processes import seed_everything
 
 
 @dataclass
