@@ -20,8 +20,9 @@ from fxquant.data import Batches
 from fxquant.distributed import whole_batch
 from fxquant.errors import FxQuantError, OutputFolderError
 from fxquant.loss import QATLoss
-from fxquant.recipe import load_recipe, parse_recipe
+from fxquant.recipe import DivergenceSection, load_recipe, parse_recipe
 from fxquant.train import Silent, run
+from fxquant.train.guard import Guard
 from fxquant.train.keeper import Keeper
 from fxquant.train.loop import Loop, Stage
 from fxquant.train.processes import Processes, leave, seed_everything
@@ -112,7 +113,7 @@ def _trained(processes, folder, estimator, options, epochs, accumulate, hold_bat
         parameters_retire=estimator in ("gdnsq", "nipq"),
         after_step=controller.step,
     )
-    Loop(NO_RECIPE, folder, processes, Silent(), 0.0).train(stage)
+    Loop(NO_RECIPE, folder, processes, Silent(), 0.0, Guard(DivergenceSection())).train(stage)
     return model.state_dict() | {f"criterion.{name}": value for name, value in criterion.state_dict().items()}
 
 

@@ -124,7 +124,7 @@ def test_validate_lists_the_problems_of_all(tmp_path):
     (tmp_path / "b.toml").write_text("sed = 1")
     done = fxquant("validate", tmp_path / "a.toml", tmp_path / "b.toml", RECIPES / "digits_w4a4_nipq.toml")
     assert done.returncode == 2
-    assert "missing.toml: cannot be read" in done.stderr
+    assert "missing.toml, which a.toml extends: cannot be read" in done.stderr
     assert "unknown key 'sed': did you mean 'seed'" in done.stderr
     assert "digits_w4a4_nipq.toml: ok" in done.stdout
 

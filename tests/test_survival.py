@@ -31,7 +31,7 @@ from fxquant.interruption import Terminated, terminable
 from fxquant.lower import onnx, packed
 from fxquant.recipe import load_recipe
 from fxquant.train import Silent, run
-from fxquant.train.loop import _random_state, _restore_random
+from fxquant.train.processes import Processes
 
 from .conftest import RECIPES
 from .test_packed import reference
@@ -231,7 +231,7 @@ def test_a_checkpoint_is_complete(tmp_path):
     assert state["keeper"].keys() == {"average", "kept", "epoch", "best"}
     assert state["keeper"]["epoch"] == 2
     assert [entry["epoch"] for entry in state["history"]["epochs"]] == [1, 2]
-    assert state["random"].keys() == {"torch", "cuda", "python", "numpy"}
+    assert [generators.keys() for generators in state["random"]] == [{"torch", "cuda", "python", "numpy"}]
     assert {"float_model", "criterion", "divergence", "recipe"} <= state.keys()
 
 
@@ -241,10 +241,11 @@ def test_every_generator_goes_on_where_it_was(tmp_path):
 
     draw()  # a second value of a Gaussian pair lies ready in numpy's
     np.random.randn()
-    torch.save(_random_state(), tmp_path / "random.pt")
+    processes = Processes()
+    torch.save(processes.random_state(), tmp_path / "random.pt")
     expected = draw()
     draw()
-    _restore_random(torch.load(tmp_path / "random.pt", weights_only=True))
+    processes.restore_random(torch.load(tmp_path / "random.pt", weights_only=True), seed=0)
     assert draw() == expected
 
 

@@ -22,6 +22,8 @@ from fxquant.errors import FxQuantError
 from fxquant.estimators import ESTIMATORS
 from fxquant.recipe import Recipe, RecipeError, load_recipe, parse_recipe
 from fxquant.spec import BACKENDS
+from fxquant.train.guard import Guard
+from fxquant.train.processes import Processes
 from fxquant.train.progress import Silent
 from fxquant.train.runner import _Run
 
@@ -308,7 +310,7 @@ def test_a_recipe_that_loads_is_rehearsed_or_refused(tmp_path, changed):
     recipe, _ = attempt(written(tmp_path, values))
     assume(recipe is not None)
     with contextlib.suppress(FxQuantError):
-        _Run(recipe, tmp_path / "out", Silent())
+        _Run(recipe, tmp_path / "out", Processes(), Silent(), Guard(recipe.divergence))
     assert not (tmp_path / "out").exists()
 
 
