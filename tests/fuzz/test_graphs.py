@@ -110,4 +110,6 @@ def test_kernels_compute_the_reference(case):
                     assert off.max() <= 1, (node.name, kernel.kernel)
                     assert int((off > 0).sum()) <= max(2, 0.01 * off.numel()), (node.name, kernel.kernel)
                 else:
-                    assert (off / kernel.unit).max() < 0.25, (node.name, kernel.kernel)  # of the same integer sums
+                    # Of the same integer sums, but for what float32 rounds of the largest.
+                    rounding = 2**-22 * (want.double() / kernel.unit).abs().max()
+                    assert (off / kernel.unit).max() < 1e-2 + rounding, (node.name, kernel.kernel)
