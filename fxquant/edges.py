@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
 from .estimators import Estimator
+from .graph import called_module
 from .layers import QATConv2d, QATLayer
 from .qconfig import EDGE_OPERATORS, MOVES_VALUES, OperandFakeQuantize
 from .spec import BackendSpec
@@ -27,7 +28,7 @@ def place_edges(prepared: fx.GraphModule, profile: BackendSpec) -> None:
     modules = dict(prepared.named_modules(remove_duplicate=False))
 
     def edge_of(node: fx.Node) -> Estimator | None:
-        module = modules.get(node.target) if node.op == "call_module" else None
+        module = called_module(node, modules)
         return module if isinstance(module, Estimator) else None
 
     kept: set[fx.Node] = set()
@@ -71,11 +72,11 @@ def share_grids(prepared: fx.GraphModule) -> None:
     """Where a layer reads an edge of its own width, the two quantizers become one: the second would round again."""
     modules = dict(prepared.named_modules(remove_duplicate=False))
     for node in prepared.graph.nodes:
-        layer = modules.get(node.target) if node.op == "call_module" else None
+        layer = called_module(node, modules)
         if not isinstance(layer, QATLayer) or layer.input_fake_quant is None:
             continue
         source = node.args[0]
-        edge = modules.get(source.target) if source.op == "call_module" else None
+        edge = called_module(source, modules)
         if isinstance(edge, Estimator) and layer.input_fake_quant.bits == edge.bits:
             layer.input_fake_quant, layer.input_is_quantized = edge, True
 
@@ -97,7 +98,7 @@ def place_operand_edges(prepared: fx.GraphModule, bits: int) -> None:
             reader, source = product, operand
             while _moves_or_scales(source, modules):
                 reader, source = source, source.args[0]
-            if source.op == "call_module" and isinstance(modules.get(source.target), Estimator):
+            if isinstance(called_module(source, modules), Estimator):
                 continue
             if source not in edges:
                 name = f"{source.name}_edge"
@@ -138,7 +139,7 @@ def _unrounded_addends(prepared: fx.GraphModule, kept: set[fx.Node], modules: di
             continue
         for operand in sorted(operands, key=position.get, reverse=True):
             producer = operand.args[0]
-            layer = modules.get(producer.target) if producer.op == "call_module" else None
+            layer = called_module(producer, modules)
             private = len(operand.users) == len(producer.users) == 1 and operands[0] is not operands[1]
             if private and isinstance(layer, QATLayer) and not layer.relu:
                 found.add(operand)
@@ -152,15 +153,12 @@ def _is_float_convolution(edge: fx.Node, modules: dict[str, nn.Module]) -> bool:
     What only moves values does not count: runtimes round before it what is to be rounded after it.
     """
 
-    def module_of(node: fx.Node) -> nn.Module | None:
-        return modules.get(node.target) if node.op == "call_module" else None
-
-    if not isinstance(module_of(edge.args[0]), QATConv2d):
+    if not isinstance(called_module(edge.args[0], modules), QATConv2d):
         return False
 
     def only_moved(node: fx.Node) -> bool:
         for user in node.users:
-            module = module_of(user)
+            module = called_module(user, modules)
             moves = (
                 isinstance(module, Estimator) or (type(module) if module is not None else user.target) in MOVES_VALUES
             )
@@ -199,7 +197,7 @@ def _decides_a_divisor(edge: fx.Node, modules: dict[str, nn.Module]) -> bool:
             divides = user.op == "call_function" and user.target in (operator.truediv, torch.div)
             if user.target in _DIVISIONS or (divides and len(user.args) > 1 and user.args[1] is node):
                 return True
-            stops = user.op == "call_module" and isinstance(modules.get(user.target), (QATLayer, Estimator))
+            stops = isinstance(called_module(user, modules), (QATLayer, Estimator))
             if user not in seen and not stops:
                 seen.add(user)
                 reached.append(user)

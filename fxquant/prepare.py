@@ -18,6 +18,7 @@ from .distributed import part_of
 from .edges import place_edges, place_operand_edges, share_grids
 from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecError
 from .estimators import Bits, Estimator
+from .graph import called_module
 from .grid import check_bits
 from .layers import QATLayer
 from .qconfig import QUANTIZABLE, edge_qconfig, get_backend_config, get_qat_qconfig
@@ -342,6 +343,6 @@ def _hold_image_ranges(prepared: fx.GraphModule) -> None:
     modules = dict(prepared.named_modules())
     for node in prepared.graph.find_nodes(op="placeholder"):
         for user in node.users:
-            layer = modules.get(user.target) if user.op == "call_module" else None
+            layer = called_module(user, modules)
             if isinstance(layer, QATLayer) and layer.input_fake_quant is not None and layer.input_fake_quant.bits == 8:
                 layer.input_fake_quant.hold_range()

@@ -6,10 +6,11 @@ import difflib
 import hashlib
 import json
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .data import CIFAR10, DATASETS, check_name
 from .errors import FxQuantError, SpecError, UnknownNameError, did_you_mean
@@ -38,6 +39,17 @@ class _Section(BaseModel):
         if isinstance(value, int) and value > _LARGEST:
             raise SpecError(f"whole numbers go up to {_LARGEST}")
         return value
+
+
+def _one_of(what: str, names: Collection[str]) -> AfterValidator:
+    """Of a field that takes one of these names."""
+
+    def known(name: str) -> str:
+        if name not in names:
+            raise UnknownNameError(what, name, names)
+        return name
+
+    return AfterValidator(known)
 
 
 class ModelSection(_Section):
@@ -145,18 +157,11 @@ class TrainSection(_Training):
         None, ge=0, le=1, description="share of the steps after which BatchNorm's statistics stay as they are"
     )
     reestimate_batch_norm: bool = Field(True, description="whether freezing re-estimates BatchNorm's statistics")
-    distillation: str = "soft_cross_entropy"
+    distillation: Annotated[str, _one_of("distillation", DISTILLATIONS)] = "soft_cross_entropy"
     task_weight: float = Field(1.0, ge=0)
     distillation_weight: float = Field(1.0, ge=0)
     budget_weight: float = Field(1.0, ge=0)
     dampening: float = Field(0.0, ge=0, description="weight of oscillation at the end, to which it rises from 0")
-
-    @field_validator("distillation")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in DISTILLATIONS:
-            raise UnknownNameError("distillation", name, DISTILLATIONS)
-        return name
 
     @field_validator("start_bits")
     @classmethod
@@ -225,7 +230,7 @@ class BudgetSection(_Section):
 class AllocationSection(_Section):
     """``[allocation]``: widths chosen by :func:`fxquant.allocate` before training, in place of those of the rules."""
 
-    sensitivity: str = "fisher"
+    sensitivity: Annotated[str, _one_of("sensitivity", METHODS)] = "fisher"
     weight_bits: tuple[int, int] = Field((2, 8), description="lowest and highest candidate")
     activation_bits: tuple[int, int] = (2, 8)
     fixed: str | None = Field("first|last", description="layers that keep the widths of their rule, as a pattern")
@@ -233,13 +238,6 @@ class AllocationSection(_Section):
     tie_readers: bool = Field(True, description="whether layers that read one tensor get the same input width")
     batches: int = Field(4, gt=0, description="plain training batches to measure on")
     seconds: float = Field(10.0, gt=0, description="for the solver")
-
-    @field_validator("sensitivity")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in METHODS:
-            raise UnknownNameError("sensitivity", name, METHODS)
-        return name
 
     @field_validator("weight_bits", "activation_bits")
     @classmethod

@@ -15,7 +15,7 @@ from fxquant import Budget, Rule, cost
 from fxquant.errors import RuleError, SpecError, UnknownNameError
 from fxquant.recipe import parse_recipe
 from fxquant.sensitivity import Sensitivity
-from tests.models import TinyMobile, TinyResidual, settle
+from tests.models import TinyMobile, TinyResidual, settle, smooth_images
 
 LAYERS = ("stem", "conv1", "conv2", "shortcut", "head")
 FREE = ("conv1", "conv2", "shortcut")
@@ -23,8 +23,7 @@ FREE = ("conv1", "conv2", "shortcut")
 
 @pytest.fixture(scope="module")
 def images():
-    torch.manual_seed(0)
-    return F.interpolate(torch.randn(32, 3, 4, 4), size=16, mode="bilinear")
+    return smooth_images(32)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ PACKAGE = Path(fxquant.__file__).parent
 
 # Data flows down this list; a module may import only from lines above its own. CONTRIBUTING.md explains each.
 ORDER = [
-    "errors", "files", "schedule", "grid", "distributed", "ranges", "_torch_ao", "estimators", "spec",
+    "errors", "files", "schedule", "graph", "grid", "distributed", "ranges", "_torch_ao", "estimators", "spec",
     "integer", "computed", "layers", "layers_torch_ao", "qconfig", "capture", "canonical", "trace", "cost", "edges",
     "prepare", "budget", "widths", "capacity", "mincut", "sensitivity", "integer_program", "allocate", "analyze",
     "dynamics", "ties", "freeze", "cut_check", "convert", "controller", "loss", "lower", "verify",

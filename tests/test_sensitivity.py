@@ -15,7 +15,7 @@ from fxquant import cost
 from fxquant.capacity import measure_capacity
 from fxquant.errors import EmptyDataError, UnknownNameError
 from fxquant.sensitivity import measure_sensitivity
-from tests.models import TinyMobile, TinyResidual, settle
+from tests.models import TinyMobile, TinyResidual, settle, smooth_images
 
 LAYERS = ("stem", "conv1", "conv2", "shortcut", "head")
 BITS = (2, 3, 4, 6, 8)
@@ -23,8 +23,7 @@ BITS = (2, 3, 4, 6, 8)
 
 @pytest.fixture(scope="module")
 def images():
-    torch.manual_seed(0)
-    return F.interpolate(torch.randn(64, 3, 4, 4), size=16, mode="bilinear")
+    return smooth_images(64)
 
 
 @pytest.fixture(scope="module")

@@ -112,8 +112,8 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
     So may be subtracted what nearly cancels: a piece is short enough for an error of a few parts in a million.
     """
-    pieces = zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True)
-    return torch.stack([torch.dot(*piece) for piece in pieces]).sum(dtype=torch.float64)
+    pairs = zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True)
+    return torch.stack([torch.dot(*pair) for pair in pairs]).sum(dtype=torch.float64)
 
 
 def zero_point_gradient(grad: Tensor, grad_inside: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -150,7 +150,10 @@ class ProgressiveFunction(torch.autograd.Function):
             factor = grad_error * (-2.0 / x.numel())
             for (g, part), (s, z) in pieces((grad_x, x), (scale, zero_point)):
                 distance, times = to_grid(part, s, z, quant_min, quant_max).sub_(part), factor / s.square()
-                g.add_(distance, alpha=float(times)) if is_at_hand(times) else g.addcmul_(distance, times)
+                if is_at_hand(times):
+                    g.add_(distance, alpha=float(times))
+                else:
+                    g.addcmul_(distance, times)
         return grad_x, grad_scale, grad_zero, *[None] * 6
 
 

@@ -23,6 +23,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 
 from .. import _torch_ao
 from ..errors import SpecError
+from ..graph import called_module
 from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
 from . import kernels, native
 
@@ -137,8 +138,7 @@ class _Decomposition:
         self.ops = torch.ops.quantized_decomposed
 
     def _module(self, node) -> nn.Module | None:
-        is_call = isinstance(node, fx.Node) and node.op == "call_module"
-        return self.modules.get(node.target) if is_call else None
+        return called_module(node, self.modules)
 
     def rewrite(self, node: fx.Node) -> None:
         module = self._module(node)

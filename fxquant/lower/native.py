@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..errors import SpecError
+from ..graph import called_module
 from ..integer import Dequantize, IntegerConv2d, Quantize, Rescale
 from ..prepare import _images, has_vnni, prepared_info
 from . import kernels
@@ -119,8 +120,7 @@ class _Lowering:
         return self.model
 
     def _module(self, node) -> nn.Module | None:
-        is_call = isinstance(node, fx.Node) and node.op == "call_module"
-        return self.modules.get(node.target) if is_call else None
+        return called_module(node, self.modules)
 
     # ---- what becomes one kernel ------------------------------------------------------------------------------
 

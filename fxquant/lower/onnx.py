@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from .. import grid
 from ..errors import FxQuantError, SpecError, UnknownNameError
 from ..files import write_bytes
+from ..graph import called_module
 from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
 from ..prepare import prepared_info
 
@@ -208,7 +209,7 @@ def _symbolic(reference: fx.GraphModule, weight_only_linear: bool) -> fx.GraphMo
         module = modules[node.target]
         if isinstance(module, Quantize):
             (source,) = node.all_input_nodes
-            rescale = modules.get(source.target) if source.op == "call_module" else None
+            rescale = called_module(source, modules)
             cut = isinstance(rescale, Rescale) and _quantized_next(source, modules)
             form = _FloatCodes if weight_only.issuperset(node.users) else _Quantize
             forms[node] = form(module, rescale.ceiling if cut else None)
