@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -27,11 +28,32 @@ LAUNCH = [  # what `accelerate launch` runs; its other commands import timm, whi
 ]  # fmt: skip
 
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
+
+
 def launched(*arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
     return subprocess.run(
-        [*LAUNCH, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [*LAUNCH, *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
+
+
+def on_their_own(*arguments: str) -> list[subprocess.Popen]:
+    """Two processes that nobody watches: a launcher ends the others of a run as soon as it sees one gone."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", *map(str, arguments)],
+            cwd=ROOT,
+            env=ENVIRONMENT
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+            | {"RANK": str(index), "LOCAL_RANK": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +136,11 @@ def test_uneven_parts_are_refused_before_anything_is_written(two):
 def test_a_process_that_is_killed_ends_the_run_with_one_message(tmp_path):
     """From the command line; one process shows the bars."""
     arguments = ["run", RUN, "--output", tmp_path / "run", *(f"--set={override}" for override in SHORT)]
-    done = launched("tests.distributed_job", "crash", *arguments)
-    assert done.returncode != 0
-    assert done.stderr.count("another process of this run is gone") == 1
+    processes = on_their_own("tests.distributed_job", "crash", *arguments)
+    (_, said), (_, nothing) = (process.communicate(timeout=300) for process in processes)
+    assert [process.returncode for process in processes] == [2, 9], said + nothing
+    assert said.count("another process of this run is gone") == 1
+    assert "Traceback" not in said
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["recipe.json"]
 
 
