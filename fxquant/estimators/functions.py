@@ -80,19 +80,30 @@ def where_inside(
     values: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: float, high: float
 ) -> Tensor:
     """``values`` where ``low < x/s + z < high``, 0 elsewhere, in a new tensor."""
-    if is_at_hand(scale) and (zero_point is None or is_at_hand(zero_point)):
-        zero = 0.0 if zero_point is None else float(zero_point)
-        return between(values, x, (low - zero) * float(scale), (high - zero) * float(scale))
     result = torch.empty_like(values)
-    for (part, value, out), (s, z) in pieces((x, values, result), (scale, zero_point)):
-        u = part * (1.0 / s)
-        out.copy_(between(value, u if z is None else u.add_(z), low, high))
+    for (out, value, part), (s, z) in pieces((result, values, x), (scale, zero_point)):
+        put_inside_(out, value, part, s, z, low, high)
     return result
 
 
-def between(values: Tensor, x: Tensor, low: float, high: float) -> Tensor:
-    """``values`` where ``low < x < high``, 0 elsewhere: torch's one vectorised kernel that selects without a mask."""
-    return torch.ops.aten.hardtanh_backward(values, x, *(_within_float32(end) for end in (low, high)))
+def put_inside_(
+    out: Tensor, values: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: float, high: float
+) -> None:
+    """Write over ``out``, a piece: ``values`` where ``low < x/s + z < high``, 0 elsewhere."""
+    if is_at_hand(scale) and (zero_point is None or is_at_hand(zero_point)):
+        zero = 0.0 if zero_point is None else float(zero_point)
+        put_between_(out, values, x, (low - zero) * float(scale), (high - zero) * float(scale))
+    else:
+        u = x * (1.0 / scale)
+        put_between_(out, values, u if zero_point is None else u.add_(zero_point), low, high)
+
+
+def put_between_(out: Tensor, values: Tensor, x: Tensor, low: float, high: float) -> None:
+    """Write over ``out``: ``values`` where ``low < x < high``, 0 elsewhere.
+
+    By torch's one vectorised kernel that selects without a mask.
+    """
+    torch.ops.aten.hardtanh_backward.grad_input(values, x, *map(_within_float32, (low, high)), grad_input=out)
 
 
 def _within_float32(end: float) -> float:
@@ -100,11 +111,19 @@ def _within_float32(end: float) -> float:
     return math.copysign(math.inf, end) if abs(end) > torch.finfo(torch.float32).max else end
 
 
-def step_gradient(grad: Tensor, grad_inside: Tensor, x: Tensor, out: Tensor, scale: Tensor) -> Tensor:
-    """``sum(g·t)`` for each scale, t being ``(out - x)/s`` inside and the level ``out/s`` outside."""
-    if is_at_hand(scale):
-        return ((dot(grad, out) - dot(grad_inside, x)) / scale).to(scale.dtype)
-    return (grad * out).addcmul_(grad_inside, x, value=-1).sum_to_size(scale.shape) / scale
+def sums_like(parameter: Tensor) -> Tensor:
+    """Zeros, to which :func:`pieces` may add what their elements come to; in float64 where it is one on a CPU."""
+    return torch.zeros_like(parameter, dtype=torch.float64 if is_at_hand(parameter) else None)
+
+
+def add_sum_(sums: Tensor, values: Tensor) -> None:
+    """Add to each of ``sums`` the values that share it."""
+    sums.add_(values.sum_to_size(sums.shape))
+
+
+def add_product_(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add to each of ``sums`` the products ``a·b`` that share it."""
+    sums.add_(dot(a, b) if is_at_hand(sums) else (a * b).sum_to_size(sums.shape))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -116,35 +135,49 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([torch.dot(*pair) for pair in pairs]).sum(dtype=torch.float64)
 
 
-def zero_point_gradient(grad: Tensor, grad_inside: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """``-s·sum(g)`` over what is outside, for each zero-point; inside, it cancels."""
-    shape = zero_point.shape
-    return (grad_inside.sum_to_size(shape) - grad.sum_to_size(shape)) * scale
+def scale_elementwise_(grad: Tensor, distance: Tensor, cell: Tensor, delta: float) -> None:
+    """``g·(1 + δ·sign(g)·distance/cell)``, in place; ``distance`` is ``x - out`` and may be written over.
+
+    EWGS (CVPR 2021, arXiv 2104.00903, equation 6).
+    """
+    if is_at_hand(cell):
+        grad.addcmul_(grad.abs(), distance, value=delta / float(cell))
+    else:
+        grad.addcmul_(grad.abs(), distance.mul_(1.0 / cell), value=delta)
 
 
-def scale_elementwise_(grad: Tensor, x: Tensor, out: Tensor, cell: Tensor, delta: float) -> None:
-    """``g·(1 + δ·sign(g)·(x - out)/cell)``, in place: EWGS (CVPR 2021, arXiv 2104.00903, equation 6)."""
-    for (g, part, quantized), (width,) in pieces((grad, x, out), (cell,)):
-        if is_at_hand(width):
-            g.addcmul_(g.abs(), part - quantized, value=delta / float(width))
-        else:
-            g.addcmul_(g.abs(), (part - quantized).mul_(1.0 / width), value=delta)
+def straight_through_gradients(ctx, grad: Tensor, pull: Tensor | None = None):
+    """Gradients of :class:`StraightThroughFunction` to ``x``, ``s`` and ``z``, from what forward keeps in ``ctx``.
 
-
-def straight_through_gradients(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of :class:`StraightThroughFunction` to ``x``, ``s`` and ``z``, from what forward keeps in ``ctx``."""
+    Args:
+        pull: a scalar; to x is added ``pull·(nearest - x)/s²``, nearest being what x is on the grid.
+    """
     x, scale, zero_point = ctx.saved_tensors
     quant_min, quant_max, delta, gradient_scale = ctx.options
-    out = ctx.output.take(x)
-    grad_x = where_inside(grad, x, scale, zero_point, quant_min - HALF, quant_max + HALF)
-    grad_scale = grad_zero = None
-    if ctx.needs_input_grad[1]:
-        grad_scale = step_gradient(grad, grad_x, x, out, scale) * gradient_scale
-    if ctx.needs_input_grad[2]:
-        grad_zero = zero_point_gradient(grad, grad_x, scale, zero_point)
-    if delta:
-        scale_elementwise_(grad_x, x, out, scale, delta)
-    return grad_x, grad_scale, grad_zero
+    grad_x = ctx.output.take(x)  # over which the gradient is written
+    to_scale = sums_like(scale) if ctx.needs_input_grad[1] else None
+    to_zero = sums_like(zero_point) if ctx.needs_input_grad[2] else None
+    parameters = scale, zero_point, to_scale, to_zero
+    for (part, g, out), (s, z, sums, zero_sums) in pieces((x, grad, grad_x), parameters):
+        distance = part - out if delta else None
+        towards = None if pull is None else to_grid(part, s, z, quant_min, quant_max).sub_(part)
+        # To s: of (out - x)/s inside and the level out/s outside, the sum of g·out first, as out is written over.
+        whole = None if sums is None else dot(g, out) if is_at_hand(s) else g * out
+        put_inside_(out, g, part, s, z, quant_min - HALF, quant_max + HALF)
+        if whole is not None:
+            add_sum_(sums, whole.sub_(dot(out, part)) if is_at_hand(s) else whole.addcmul_(out, part, value=-1))
+        if zero_sums is not None:
+            add_sum_(zero_sums, out - g)
+        if delta:
+            scale_elementwise_(out, distance, s, delta)
+        if pull is not None:
+            factor = pull / s.square()
+            if is_at_hand(factor):
+                out.add_(towards, alpha=float(factor))
+            else:
+                out.addcmul_(towards, factor)
+    grad_scale = None if to_scale is None else (to_scale / scale * gradient_scale).to(scale.dtype)
+    return grad_x, grad_scale, None if to_zero is None else (to_zero * scale).to(scale.dtype)
 
 
 class StraightThroughFunction(torch.autograd.Function):
@@ -206,6 +239,6 @@ class BinaryFunction(torch.autograd.Function):
             grad_scale = (product if kept is None else product.masked_fill_(kept, 0.0)).sum_to_size(scale.shape)
             grad_scale = grad_scale / scale * gradient_scale
         if delta:
-            residual_from = x if kept is None else torch.where(kept, out, x)
-            scale_elementwise_(grad_x, residual_from, out, 2 * scale, delta)
+            distance = x - out if kept is None else (x - out).masked_fill_(kept, 0.0)
+            scale_elementwise_(grad_x, distance, 2 * scale, delta)
         return grad_x, grad_scale, None, None, None

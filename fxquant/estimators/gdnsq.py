@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..errors import NonFiniteError, SpecError
 from ..schedule import Schedule, linear
 from .base import SMALLEST_RANGE, Bits, LearnedStep, at_least_zero
-from .functions import EDGE, between, is_at_hand
+from .functions import EDGE, add_product_, add_sum_, is_at_hand, pieces, put_between_, sums_like
 from .recompute import attach
 
 _MARGIN = 1e-3
@@ -234,8 +234,11 @@ class NoiseScaleFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, low, high, noise_gradient):
         def compute(x):
-            clamped = x if low is None else _clamp(x, low, high)
-            return (clamped * (1.0 / scale)).round_().mul_(scale)
+            result = torch.empty_like(x)
+            for (out, part), (s, *ends) in pieces((result, x), (scale, low, high)):
+                clamped = part if low is None else _clamp(part, *ends)
+                torch.mul(clamped, 1.0 / s, out=out).round_().mul_(s)
+            return result
 
         out = compute(x)
         ctx.output = attach(out, compute)
@@ -246,20 +249,40 @@ class NoiseScaleFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, scale, low, high = ctx.saved_tensors
-        grad_x, grad_scale, grad_low, grad_high = grad, None, None, None
-        if low is not None:
-            reach = EDGE * scale
-            grad_x = _between(grad, x, low - reach, high + reach)
-            grad_high = _between(grad, x, high + reach, torch.full_like(high, torch.inf)).sum_to_size(high.shape)
-            grad_low = grad.sum_to_size(low.shape) - grad_x.sum_to_size(low.shape) - grad_high
         if ctx.noise_gradient:
-            size = grad.square().sum_to_size(scale.shape).mul_(1 / 12).sqrt_()
+            ctx.output.forget()
+            size = _sum_of_products(grad, grad, scale).mul_(1 / 12).sqrt_()
             grad_scale = size * torch.randn_like(size)
         else:
-            clamped = x if low is None else _clamp(x, low, high)
-            grad_scale = (ctx.output(x) - clamped).mul_(grad).sum_to_size(scale.shape) / scale
-        ctx.output.forget()
+            residual = ctx.output.take(x).sub_(x if low is None else _clamp(x, low, high))
+            grad_scale = _sum_of_products(grad, residual, scale) / scale
+        if low is None:
+            return grad, grad_scale, None, None, None
+        grad_x, grad_low, grad_high = _cut(grad, x, low - EDGE * scale, high + EDGE * scale)
         return grad_x, grad_scale, grad_low, grad_high, None
+
+
+def _sum_of_products(a: Tensor, b: Tensor, parameter: Tensor) -> Tensor:
+    sums = sums_like(parameter)
+    for (part_a, part_b), (share,) in pieces((a, b), (sums,)):
+        add_product_(share, part_a, part_b)
+    return sums.to(parameter.dtype)
+
+
+def _cut(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What of the gradient is between the ends, and the sums of what is below and above."""
+    result, below, above = torch.empty_like(x), sums_like(low), sums_like(high)
+    for (inside, g, part), (begin, end, to_begin, to_end) in pieces((result, grad, x), (low, high, below, above)):
+        if is_at_hand(begin):
+            put_between_(inside, g, part, float(begin), float(end))
+            beyond = torch.empty_like(inside)
+            put_between_(beyond, g, part, float(end), math.inf)
+        else:
+            inside.copy_(torch.where((part > begin) & (part < end), g, 0.0))
+            beyond = torch.where(part > end, g, 0.0)
+        add_sum_(to_end, beyond)
+        add_sum_(to_begin, (g - inside).sub_(beyond))
+    return result, below.to(x.dtype), above.to(x.dtype)
 
 
 def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -267,10 +290,3 @@ def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     if is_at_hand(low) and is_at_hand(high):
         return x.clamp(float(low), float(high))
     return x.clamp(low, high)
-
-
-def _between(values: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """``values`` where ``low < x < high``, 0 elsewhere, in a new tensor."""
-    if is_at_hand(low) and is_at_hand(high):
-        return between(values, x, float(low), float(high))
-    return torch.where((x > low) & (x < high), values, 0.0)

@@ -24,7 +24,16 @@ from torch.nn import functional as F
 from .. import grid
 from ..errors import SpecError
 from .base import Bits, Estimator
-from .functions import EDGE, clamp_levels_, dot, is_at_hand, to_grid, where_inside, zero_point_gradient
+from .functions import (
+    EDGE,
+    add_product_,
+    clamp_levels_,
+    pieces,
+    put_inside_,
+    sums_like,
+    to_grid,
+    where_inside,
+)
 from .recompute import attach
 
 SAMPLERS = ("roll", "bootstrap", "histogram")
@@ -161,18 +170,22 @@ class NoiseProxyFunction(torch.autograd.Function):
         def compute(x):
             if draw is None:
                 return _signs(x).mul_(scale) if binary else to_grid(x, scale, zero_point, quant_min, quant_max)
-            levels = x * (1.0 / scale)
             if binary:
-                signs, u = _signs(x), levels
+                signs, u = _signs(x), x * (1.0 / scale)
                 pool = (signs - u)[u.abs() <= 2]  # what is clipped lends no noise
                 noise = draw(pool, x.shape) if pool.numel() else torch.zeros_like(x)
                 levels = torch.where(u.abs() <= 2, u, signs)
-            else:
-                # Above one bit the residual of its own, unclamped rounding stands in for what is clipped.
-                noise = draw(levels.round().sub_(levels), x.shape)
-                levels = clamp_levels_(levels, zero_point, quant_min, quant_max)
-            levels.add_(where_inside(noise, x, scale, zero_point, low - EDGE, high + EDGE))
-            return levels.mul_(scale)
+                return levels.add_(where_inside(noise, x, scale, None, low - EDGE, high + EDGE)).mul_(scale)
+            # Above one bit the residual of its own, unclamped rounding stands in for what is clipped.
+            result = torch.empty_like(x)
+            for (residual, part), (s,) in pieces((result, x), (scale,)):
+                u = part * (1.0 / s)
+                torch.round(u, out=residual).sub_(u)
+            noise = draw(result, x.shape)
+            for (out, part, drawn), (s, z) in pieces((result, x, noise), (scale, zero_point)):
+                put_inside_(out, drawn, part, s, z, low - EDGE, high + EDGE)
+                out.add_(clamp_levels_(part * (1.0 / s), z, quant_min, quant_max)).mul_(s)
+            return result
 
         out = compute(x)
         ctx.output = attach(out, compute)
@@ -184,27 +197,20 @@ class NoiseProxyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, scale, zero_point = ctx.saved_tensors
-        out = ctx.output.take(x)
-        grad_x = where_inside(grad, x, scale, zero_point, *ctx.ends)
-        grad_scale = grad_alpha = grad_zero = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            inside, outside = _shares(grad, grad_x, x, out, scale)
-            grad_scale = inside / scale
-            grad_alpha = (outside / (scale * ctx.steps)).sum_to_size(ctx.alpha_shape)
-        if ctx.needs_input_grad[3]:
-            grad_zero = zero_point_gradient(grad, grad_x, scale, zero_point)
-        return grad_x, grad_scale, grad_alpha, grad_zero, None, None, None, None
-
-
-def _shares(grad: Tensor, grad_inside: Tensor, x: Tensor, out: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """``sum(g·(out - x))`` over what is inside and ``sum(g·out)`` over what is outside, for each scale."""
-    difference = out - x
-    if is_at_hand(scale):
-        inside = dot(difference, grad_inside)
-        outside = dot(torch.sub(grad, grad_inside, out=difference), out)
-        return inside.to(scale.dtype), outside.to(scale.dtype)
-    inside = difference.mul_(grad_inside).sum_to_size(scale.shape)
-    return inside, torch.sub(grad, grad_inside, out=difference).mul_(out).sum_to_size(scale.shape)
+        grad_x = ctx.output.take(x)  # over which the gradient is written
+        inside, outside = (sums_like(scale) for _ in range(2))
+        zero_sums = None if zero_point is None else sums_like(zero_point)
+        for (part, g, out), (s, z, *sums) in pieces((x, grad, grad_x), (scale, zero_point, inside, outside, zero_sums)):
+            difference, level = out - part, out.clone()
+            put_inside_(out, g, part, s, z, *ctx.ends)
+            add_product_(sums[0], difference, out)
+            cut = torch.sub(g, out, out=difference)
+            add_product_(sums[1], cut, level)
+            if z is not None:
+                sums[2].sub_(cut.sum_to_size(sums[2].shape))
+        grad_alpha = (outside / (scale * ctx.steps)).sum_to_size(ctx.alpha_shape)
+        grads = inside / scale, grad_alpha, None if zero_sums is None else zero_sums * scale
+        return grad_x, *(None if g is None else g.to(x.dtype) for g in grads), None, None, None, None
 
 
 def _signs(x: Tensor) -> Tensor:

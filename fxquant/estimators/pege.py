@@ -25,7 +25,7 @@ from .. import grid
 from ..errors import SpecError
 from ..schedule import Schedule, logarithmic
 from .base import Bits, Estimator, LearnedStep, at_least_zero
-from .functions import BinaryFunction, clamp_levels_, is_at_hand, pieces, straight_through_gradients, to_grid
+from .functions import BinaryFunction, clamp_levels_, pieces, straight_through_gradients
 from .recompute import attach
 
 
@@ -140,21 +140,10 @@ class ProgressiveFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_error):
-        grad_x = grad_scale = grad_zero = None
-        x, scale, zero_point = ctx.saved_tensors
-        quant_min, quant_max, *_ = ctx.options
-        if grad is not None:
-            grad_x, grad_scale, grad_zero = straight_through_gradients(ctx, grad)
-        if grad_error is not None:
-            grad_x = torch.zeros_like(x) if grad_x is None else grad_x
-            factor = grad_error * (-2.0 / x.numel())
-            for (g, part), (s, z) in pieces((grad_x, x), (scale, zero_point)):
-                distance, times = to_grid(part, s, z, quant_min, quant_max).sub_(part), factor / s.square()
-                if is_at_hand(times):
-                    g.add_(distance, alpha=float(times))
-                else:
-                    g.addcmul_(distance, times)
-        return grad_x, grad_scale, grad_zero, *[None] * 6
+        pull = None if grad_error is None else grad_error * (-2.0 / ctx.saved_tensors[0].numel())
+        if grad is None:
+            return straight_through_gradients(ctx, torch.zeros_like(ctx.saved_tensors[0]), pull)[0], *[None] * 8
+        return *straight_through_gradients(ctx, grad, pull), *[None] * 6
 
 
 def _draw_bytes(like: Tensor, share: float) -> tuple[Tensor, float]:

@@ -20,7 +20,7 @@ def given_noise(monkeypatch):
     noise, residuals = torch.rand(SHAPE) - 0.5, []
 
     def draw(self, residual, shape):
-        residuals.append(residual)
+        residuals.append(residual.clone())
         return noise
 
     monkeypatch.setattr(nipq._Noise, "__call__", draw)
