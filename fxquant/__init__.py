@@ -7,6 +7,7 @@ The way through, in order:
 * ``analyze`` - capacity of every quantized tensor, and the minimum cut: where the network is narrowest.
 * ``allocate`` - whole widths for every layer, within a budget, that cost the model least.
 * ``param_groups``, ``QATLoss``, ``Controller`` - what your own training loop needs.
+* ``compiled_quantizers`` - around that loop, quantizers as compiled kernels.
 * ``freeze`` - whole widths inside the budget, BatchNorm re-estimated, scales fixed.
 * ``convert`` - the reference integer graph, equal to the frozen model bit for bit.
 * ``lower`` - torch's integer kernels, each checked against the reference.
@@ -22,6 +23,7 @@ from .analyze import analyze
 from .controller import Controller, param_groups
 from .convert import convert
 from .errors import FxQuantError
+from .estimators.passes import compiled_quantizers
 from .freeze import freeze
 from .loss import QATLoss
 from .lower import lower
@@ -45,6 +47,7 @@ __all__ = [
     "allocate",
     "analyze",
     "calibrate",
+    "compiled_quantizers",
     "convert",
     "export_onnx",
     "freeze",

@@ -377,6 +377,7 @@ def bench_step(
     burst: Annotated[float, typer.Option(help="milliseconds a burst is to take")] = 500.0,
     threads: Annotated[int, typer.Option(help="of torch; wall time instead of CPU time with more than one")] = 1,
     autocast: Annotated[str, typer.Option(help="bf16 or fp16 for convolutions and products")] = "",
+    compiled: Annotated[bool, typer.Option("--compile", help="run our quantizers as train.compile does")] = False,
     device: Annotated[str, typer.Option(help="cpu, or cuda: device events and allocated memory")] = "cpu",
     seed: Annotated[int, typer.Option(help="of weights, images and the order of bursts")] = 0,
     output: Annotated[Path | None, typer.Option(help="folder of step.json [default: runs/bench/<model>]")] = None,
@@ -385,7 +386,7 @@ def bench_step(
     from .bench import artefacts, step
 
     names = step.contenders([name.strip() for name in estimators.split(",")], peers=peers)
-    job = step.StepJob(model, image_size, batch, bits, threads, seed, autocast, device)
+    job = step.StepJob(model, image_size, batch, bits, threads, seed, autocast, device, compiled)
     settings = step.StepSettings(rounds, burst)
     artefacts.of_model(model, image_size or None, Path())  # the name and the size, before processes are started
     with out.status("bench step") as status:

@@ -147,6 +147,7 @@ class TrainSection(_Training):
 
     epochs: int = Field(gt=0)
     quantizer_lr: float | None = Field(None, gt=0)
+    compile: bool = Field(False, description="whether quantizers run compiled: faster steps, up to a minute to begin")
     schedule: Literal["cosine", "hold"] = Field(
         "cosine", description="of lr: falling from the warm-up on, or held until widths are whole and falling then"
     )

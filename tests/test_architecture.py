@@ -13,10 +13,10 @@ PACKAGE = Path(fxquant.__file__).parent
 
 # Data flows down this list; a module may import only from lines above its own. CONTRIBUTING.md explains each.
 ORDER = [
-    "errors", "files", "schedule", "graph", "grid", "distributed", "ranges", "_torch_ao", "estimators", "spec",
-    "integer", "computed", "layers", "layers_torch_ao", "qconfig", "capture", "canonical", "trace", "cost", "edges",
-    "prepare", "budget", "widths", "capacity", "mincut", "sensitivity", "integer_program", "allocate", "analyze",
-    "dynamics", "ties", "freeze", "cut_check", "convert", "controller", "loss", "lower", "verify",
+    "errors", "files", "compiler", "schedule", "graph", "grid", "distributed", "ranges", "_torch_ao", "estimators",
+    "spec", "integer", "computed", "layers", "layers_torch_ao", "qconfig", "capture", "canonical", "trace", "cost",
+    "edges", "prepare", "budget", "widths", "capacity", "mincut", "sensitivity", "integer_program", "allocate",
+    "analyze", "dynamics", "ties", "freeze", "cut_check", "convert", "controller", "loss", "lower", "verify",
     "report", "svg", "models", "timm", "synthetic", "pixels", "data", "recipe", "checkpoint", "run_report", "html",
     "coverage", "train", "bench", "interruption", "cli",
 ]  # fmt: skip
@@ -76,7 +76,7 @@ def test_public_api():
     assert fxquant.__all__ == sorted(fxquant.__all__)
     assert set(fxquant.__all__) == {
         "Budget", "Controller", "FxQuantError", "OnnxModel", "OpenVinoModel", "QATLoss", "Rule", "allocate", "analyze",
-        "calibrate", "convert", "export_onnx", "freeze",
+        "calibrate", "compiled_quantizers", "convert", "export_onnx", "freeze",
         "get_backend_config", "get_qat_qconfig",
         "get_qat_qconfig_mapping", "load", "lower", "param_groups", "prepare", "save", "verify",
     }  # fmt: skip

@@ -16,6 +16,7 @@ from fxquant.train.keeper import Keeper
 from fxquant.train.loop import learning_rate
 
 from .conftest import RECIPES
+from .test_inductor import lacking as no_compiler
 from .test_train import SHORT, Cut
 
 
@@ -115,6 +116,7 @@ def test_without_average_and_choice_the_model_stays_as_it_is():
 EVERYTHING = [
     "float.autocast=bfloat16", "float.average=0.9", "train.autocast=bfloat16", "train.average=0.9",
     "train.start_bits=4", "train.schedule=hold", "train.dampening=0.01", "data.image_size=24",
+    f"train.compile={'false' if no_compiler else 'true'}",
 ]  # fmt: skip
 
 
@@ -122,8 +124,10 @@ def test_with_every_piece_a_run_that_was_cut_ends_with_the_same_integers(tmp_pat
     recipe = load_recipe(RECIPES / "digits_w2a2_lsq.toml", [*SHORT, *EVERYTHING])
     whole = run(recipe, tmp_path / "whole")
     for stage, steps in (("float", 6), ("quantized", 6), ("quantized", 5)):
+        torch._dynamo.reset()  # as in a process of its own
         with pytest.raises(KeyboardInterrupt):
             run(recipe, tmp_path / "cut", resume=(tmp_path / "cut").exists(), progress=Cut(stage, steps))
+    torch._dynamo.reset()
     resumed = run(recipe, tmp_path / "cut", resume=True)
     read_back = load_run(tmp_path / "cut" / checkpoint.CHECKPOINT)
     for name, tensor in whole.reference.state_dict().items():

@@ -10,26 +10,17 @@ Throughout, ``s`` is the step, ``u = x/s``, and a level is a code less the zero-
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-
 import torch
 from torch import Tensor
 
+from .passes import add_sum_, dot, each, is_at_hand, sums_like
 from .recompute import attach
-
-_PIECE = 1 << 16  # elements, for each thread
 
 HALF = 0.5
 """What rounds to a code is inside of a range: half a step beyond the ends is, too (LSQ, arXiv 1902.08153)."""
 
 EDGE = 1e-4
 """In steps; by so much an end may be passed in float32 by what lies on it."""
-
-
-def is_at_hand(value: Tensor) -> bool:
-    """Whether the host can read a value without waiting for a device: a single one, in its own memory."""
-    return value.numel() == 1 and value.device.type == "cpu"
 
 
 def clamp_levels_(levels: Tensor, zero_point: Tensor | None, low: float, high: float) -> Tensor:
@@ -42,38 +33,16 @@ def clamp_levels_(levels: Tensor, zero_point: Tensor | None, low: float, high: f
     return levels.clamp_(low - zero_point, high - zero_point)
 
 
-def pieces(
-    tensors: Sequence[Tensor], parameters: Sequence[Tensor | None]
-) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]]:
-    """Slices of tensors of one shape, and of parameters that broadcast against it, that fit into a core's cache.
-
-    What several passes are made over stays there between them, and what they need besides is small. On a device, and
-    where parameters differ along other axes than the first, the whole is the only piece.
-    """
-    first, size = tensors[0], _PIECE * torch.get_num_threads()
-    single = all(parameter is None or parameter.numel() == 1 for parameter in parameters)
-    by_row = all(p is None or p.numel() == 1 or p.shape[:1] == first.shape[:1] == (p.numel(),) for p in parameters)
-    if first.device.type != "cpu" or first.numel() <= size:
-        yield tuple(tensors), tuple(parameters)
-    elif single and all(tensor.is_contiguous() for tensor in tensors):
-        for slices in zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True):
-            yield slices, tuple(None if p is None else p.reshape(()) for p in parameters)
-    elif single or by_row:
-        rows = max(size * len(first) // first.numel(), 1)
-        for begin in range(0, len(first), rows):
-            part = slice(begin, begin + rows)
-            narrowed = (p if p is None or p.numel() == 1 else p[part] for p in parameters)
-            yield tuple(tensor[part] for tensor in tensors), tuple(narrowed)
-    else:
-        yield tuple(tensors), tuple(parameters)
-
-
 def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: float, high: float) -> Tensor:
     """What ``x`` is on the grid, in a new tensor: bit for bit what :mod:`fxquant.grid` quantizes and dequantizes."""
     result = torch.empty_like(x)
-    for (part, out), (s, z) in pieces((x, result), (scale, zero_point)):
-        clamp_levels_(torch.mul(part, 1.0 / s, out=out).round_(), z, low, high).mul_(s)
+    each(_to_grid, (x, result), (scale, zero_point), low, high)
     return result
+
+
+def _to_grid(tensors, parameters, low, high) -> None:
+    (x, out), (s, z) = tensors, parameters
+    clamp_levels_(torch.mul(x, 1.0 / s, out=out).round_(), z, low, high).mul_(s)
 
 
 def where_inside(
@@ -81,21 +50,21 @@ def where_inside(
 ) -> Tensor:
     """``values`` where ``low < x/s + z < high``, 0 elsewhere, in a new tensor."""
     result = torch.empty_like(values)
-    for (out, value, part), (s, z) in pieces((result, values, x), (scale, zero_point)):
-        put_inside_(out, value, part, s, z, low, high)
+    each(_where_inside, (x, values, result), (scale, zero_point), low, high)
     return result
+
+
+def _where_inside(tensors, parameters, low, high) -> None:
+    x, values, out = tensors
+    put_inside_(out, values, x, *parameters, low, high)
 
 
 def put_inside_(
     out: Tensor, values: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: float, high: float
 ) -> None:
     """Write over ``out``, a piece: ``values`` where ``low < x/s + z < high``, 0 elsewhere."""
-    if is_at_hand(scale) and (zero_point is None or is_at_hand(zero_point)):
-        zero = 0.0 if zero_point is None else float(zero_point)
-        put_between_(out, values, x, (low - zero) * float(scale), (high - zero) * float(scale))
-    else:
-        u = x * (1.0 / scale)
-        put_between_(out, values, u if zero_point is None else u.add_(zero_point), low, high)
+    u = x * (1.0 / scale)
+    put_between_(out, values, u if zero_point is None else u.add_(zero_point), low, high)
 
 
 def put_between_(out: Tensor, values: Tensor, x: Tensor, low: float, high: float) -> None:
@@ -103,36 +72,7 @@ def put_between_(out: Tensor, values: Tensor, x: Tensor, low: float, high: float
 
     By torch's one vectorised kernel that selects without a mask.
     """
-    torch.ops.aten.hardtanh_backward.grad_input(values, x, *map(_within_float32, (low, high)), grad_input=out)
-
-
-def _within_float32(end: float) -> float:
-    """``end``, infinite where float32 has no such number: torch refuses to convert it."""
-    return math.copysign(math.inf, end) if abs(end) > torch.finfo(torch.float32).max else end
-
-
-def sums_like(parameter: Tensor) -> Tensor:
-    """Zeros, to which :func:`pieces` may add what their elements come to; in float64 where it is one on a CPU."""
-    return torch.zeros_like(parameter, dtype=torch.float64 if is_at_hand(parameter) else None)
-
-
-def add_sum_(sums: Tensor, values: Tensor) -> None:
-    """Add to each of ``sums`` the values that share it."""
-    sums.add_(values.sum_to_size(sums.shape))
-
-
-def add_product_(sums: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add to each of ``sums`` the products ``a·b`` that share it."""
-    sums.add_(dot(a, b) if is_at_hand(sums) else (a * b).sum_to_size(sums.shape))
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """``sum(a·b)``, a float64 scalar, on a CPU: pieces in float32, without a product in memory, their sum in float64.
-
-    So may be subtracted what nearly cancels: a piece is short enough for an error of a few parts in a million.
-    """
-    pairs = zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True)
-    return torch.stack([torch.dot(*pair) for pair in pairs]).sum(dtype=torch.float64)
+    torch.ops.aten.hardtanh_backward.grad_input(values, x, low, high, grad_input=out)
 
 
 def scale_elementwise_(grad: Tensor, distance: Tensor, cell: Tensor, delta: float) -> None:
@@ -157,27 +97,33 @@ def straight_through_gradients(ctx, grad: Tensor, pull: Tensor | None = None):
     grad_x = ctx.output.take(x)  # over which the gradient is written
     to_scale = sums_like(scale) if ctx.needs_input_grad[1] else None
     to_zero = sums_like(zero_point) if ctx.needs_input_grad[2] else None
-    parameters = scale, zero_point, to_scale, to_zero
-    for (part, g, out), (s, z, sums, zero_sums) in pieces((x, grad, grad_x), parameters):
-        distance = part - out if delta else None
-        towards = None if pull is None else to_grid(part, s, z, quant_min, quant_max).sub_(part)
-        # To s: of (out - x)/s inside and the level out/s outside, the sum of g·out first, as out is written over.
-        whole = None if sums is None else dot(g, out) if is_at_hand(s) else g * out
-        put_inside_(out, g, part, s, z, quant_min - HALF, quant_max + HALF)
-        if whole is not None:
-            add_sum_(sums, whole.sub_(dot(out, part)) if is_at_hand(s) else whole.addcmul_(out, part, value=-1))
-        if zero_sums is not None:
-            add_sum_(zero_sums, out - g)
-        if delta:
-            scale_elementwise_(out, distance, s, delta)
-        if pull is not None:
-            factor = pull / s.square()
-            if is_at_hand(factor):
-                out.add_(towards, alpha=float(factor))
-            else:
-                out.addcmul_(towards, factor)
+    parameters = scale, zero_point, to_scale, to_zero, pull
+    each(_straight_through, (x, grad, grad_x), parameters, quant_min, quant_max, delta)
     grad_scale = None if to_scale is None else (to_scale / scale * gradient_scale).to(scale.dtype)
     return grad_x, grad_scale, None if to_zero is None else (to_zero * scale).to(scale.dtype)
+
+
+def _straight_through(tensors, parameters, quant_min, quant_max, delta) -> None:
+    (x, grad, out), (s, z, to_scale, to_zero, pull) = tensors, parameters
+    distance = x - out if delta else None
+    towards = None if pull is None else _nearest(x, s, z, quant_min, quant_max).sub_(x)
+    # To s: of (out - x)/s inside and the level out/s outside, the sum of g·out first, as out is written over.
+    whole = None if to_scale is None else dot(grad, out) if is_at_hand(s) else grad * out
+    put_inside_(out, grad, x, s, z, quant_min - HALF, quant_max + HALF)
+    if whole is not None:
+        add_sum_(to_scale, whole.sub_(dot(out, x)) if is_at_hand(s) else whole.addcmul_(out, x, value=-1))
+    if to_zero is not None:
+        add_sum_(to_zero, out - grad)
+    if delta:
+        scale_elementwise_(out, distance, s, delta)
+    if pull is not None:
+        out.add_(towards.mul_(pull / s.square()))
+
+
+def _nearest(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: float, high: float) -> Tensor:
+    out = torch.empty_like(x)
+    _to_grid((x, out), (scale, zero_point), low, high)
+    return out
 
 
 class StraightThroughFunction(torch.autograd.Function):

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from ..errors import NonFiniteError, SpecError
 from ..schedule import Schedule, linear
 from .base import SMALLEST_RANGE, Bits, LearnedStep, at_least_zero
-from .functions import EDGE, add_product_, add_sum_, is_at_hand, pieces, put_between_, sums_like
+from .functions import EDGE, put_between_
+from .passes import add_product_, add_sum_, each, is_at_hand, sums_like
 from .recompute import attach
 
 _MARGIN = 1e-3
@@ -235,9 +236,7 @@ class NoiseScaleFunction(torch.autograd.Function):
     def forward(ctx, x, scale, low, high, noise_gradient):
         def compute(x):
             result = torch.empty_like(x)
-            for (out, part), (s, *ends) in pieces((result, x), (scale, low, high)):
-                clamped = part if low is None else _clamp(part, *ends)
-                torch.mul(clamped, 1.0 / s, out=out).round_().mul_(s)
+            each(_round_within, (x, result), (scale, low, high))
             return result
 
         out = compute(x)
@@ -262,27 +261,40 @@ class NoiseScaleFunction(torch.autograd.Function):
         return grad_x, grad_scale, grad_low, grad_high, None
 
 
+def _round_within(tensors, parameters) -> None:
+    (x, out), (s, low, high) = tensors, parameters
+    clamped = x if low is None else _clamp(x, low, high)
+    torch.mul(clamped, 1.0 / s, out=out).round_().mul_(s)
+
+
 def _sum_of_products(a: Tensor, b: Tensor, parameter: Tensor) -> Tensor:
     sums = sums_like(parameter)
-    for (part_a, part_b), (share,) in pieces((a, b), (sums,)):
-        add_product_(share, part_a, part_b)
+    each(_add_product, (a, b), (sums,))
     return sums.to(parameter.dtype)
+
+
+def _add_product(tensors, parameters) -> None:
+    add_product_(*parameters, *tensors)
 
 
 def _cut(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What of the gradient is between the ends, and the sums of what is below and above."""
     result, below, above = torch.empty_like(x), sums_like(low), sums_like(high)
-    for (inside, g, part), (begin, end, to_begin, to_end) in pieces((result, grad, x), (low, high, below, above)):
-        if is_at_hand(begin):
-            put_between_(inside, g, part, float(begin), float(end))
-            beyond = torch.empty_like(inside)
-            put_between_(beyond, g, part, float(end), math.inf)
-        else:
-            inside.copy_(torch.where((part > begin) & (part < end), g, 0.0))
-            beyond = torch.where(part > end, g, 0.0)
-        add_sum_(to_end, beyond)
-        add_sum_(to_begin, (g - inside).sub_(beyond))
+    each(_cut_off, (x, grad, result), (low, high, below, above))
     return result, below.to(x.dtype), above.to(x.dtype)
+
+
+def _cut_off(tensors, parameters) -> None:
+    (x, grad, inside), (low, high, below, above) = tensors, parameters
+    if is_at_hand(low):
+        put_between_(inside, grad, x, float(low), float(high))
+        beyond = torch.empty_like(inside)
+        put_between_(beyond, grad, x, float(high), math.inf)
+    else:
+        inside.copy_(torch.where((x > low) & (x < high), grad, 0.0))
+        beyond = torch.where(x > high, grad, 0.0)
+    add_sum_(above, beyond)
+    add_sum_(below, (grad - inside).sub_(beyond))
 
 
 def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -24,16 +24,8 @@ from torch.nn import functional as F
 from .. import grid
 from ..errors import SpecError
 from .base import Bits, Estimator
-from .functions import (
-    EDGE,
-    add_product_,
-    clamp_levels_,
-    pieces,
-    put_inside_,
-    sums_like,
-    to_grid,
-    where_inside,
-)
+from .functions import EDGE, clamp_levels_, put_inside_, to_grid, where_inside
+from .passes import add_product_, add_sum_, each, sums_like
 from .recompute import attach
 
 SAMPLERS = ("roll", "bootstrap", "histogram")
@@ -178,13 +170,9 @@ class NoiseProxyFunction(torch.autograd.Function):
                 return levels.add_(where_inside(noise, x, scale, None, low - EDGE, high + EDGE)).mul_(scale)
             # Above one bit the residual of its own, unclamped rounding stands in for what is clipped.
             result = torch.empty_like(x)
-            for (residual, part), (s,) in pieces((result, x), (scale,)):
-                u = part * (1.0 / s)
-                torch.round(u, out=residual).sub_(u)
+            each(_residual, (x, result), (scale,))
             noise = draw(result, x.shape)
-            for (out, part, drawn), (s, z) in pieces((result, x, noise), (scale, zero_point)):
-                put_inside_(out, drawn, part, s, z, low - EDGE, high + EDGE)
-                out.add_(clamp_levels_(part * (1.0 / s), z, quant_min, quant_max)).mul_(s)
+            each(_add_noise, (x, noise, result), (scale, zero_point), quant_min, quant_max, low - EDGE, high + EDGE)
             return result
 
         out = compute(x)
@@ -200,17 +188,34 @@ class NoiseProxyFunction(torch.autograd.Function):
         grad_x = ctx.output.take(x)  # over which the gradient is written
         inside, outside = (sums_like(scale) for _ in range(2))
         zero_sums = None if zero_point is None else sums_like(zero_point)
-        for (part, g, out), (s, z, *sums) in pieces((x, grad, grad_x), (scale, zero_point, inside, outside, zero_sums)):
-            difference, level = out - part, out.clone()
-            put_inside_(out, g, part, s, z, *ctx.ends)
-            add_product_(sums[0], difference, out)
-            cut = torch.sub(g, out, out=difference)
-            add_product_(sums[1], cut, level)
-            if z is not None:
-                sums[2].sub_(cut.sum_to_size(sums[2].shape))
+        each(_shares, (x, grad, grad_x), (scale, zero_point, inside, outside, zero_sums), *ctx.ends)
         grad_alpha = (outside / (scale * ctx.steps)).sum_to_size(ctx.alpha_shape)
         grads = inside / scale, grad_alpha, None if zero_sums is None else zero_sums * scale
         return grad_x, *(None if g is None else g.to(x.dtype) for g in grads), None, None, None, None
+
+
+def _residual(tensors, parameters) -> None:
+    (x, out), (s,) = tensors, parameters
+    u = x * (1.0 / s)
+    torch.round(u, out=out).sub_(u)
+
+
+def _add_noise(tensors, parameters, quant_min, quant_max, low, high) -> None:
+    (x, noise, out), (s, z) = tensors, parameters
+    put_inside_(out, noise, x, s, z, low, high)
+    out.add_(clamp_levels_(x * (1.0 / s), z, quant_min, quant_max)).mul_(s)
+
+
+def _shares(tensors, parameters, low, high) -> None:
+    """The gradient to x over the output; ``sum(g·(out - x))`` of what is inside, ``sum(g·out)`` of what is outside."""
+    (x, grad, out), (s, z, inside, outside, to_zero) = tensors, parameters
+    difference, level = out - x, out.clone()
+    put_inside_(out, grad, x, s, z, low, high)
+    add_product_(inside, difference, out)
+    cut = torch.sub(grad, out, out=difference)
+    add_product_(outside, cut, level)
+    if z is not None:
+        add_sum_(to_zero, cut.neg_())
 
 
 def _signs(x: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from .. import grid
 from ..errors import SpecError
 from ..schedule import Schedule, logarithmic
 from .base import Bits, Estimator, LearnedStep, at_least_zero
-from .functions import BinaryFunction, clamp_levels_, pieces, straight_through_gradients
+from .functions import BinaryFunction, clamp_levels_, straight_through_gradients
+from .passes import add_product_, each, sums_like
 from .recompute import attach
 
 
@@ -112,26 +113,17 @@ class ProgressiveFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, quant_min, quant_max, delta, gradient_scale, replaced, with_error):
-        drawn = _draw_bytes(x, replaced) if replaced < 1 else None
+        drawn, threshold = _draw_bytes(x, replaced) if replaced < 1 else (None, None)
 
-        def compute(x, errors=None):
-            result, sources = torch.empty_like(x), (x,) if drawn is None else (x, drawn[0])
-            for (out, part, *byte), (s, z) in pieces((result, *sources), (scale, zero_point)):
-                u = part * (1.0 / s)
-                levels = clamp_levels_(u.round(), z, quant_min, quant_max)
-                if errors is not None:
-                    difference = (levels - u).reshape(-1)
-                    errors.append(torch.dot(difference, difference))
-                if drawn is not None:
-                    # In units of the step a number and its level are so near that their difference is exact.
-                    u = clamp_levels_(u, z, quant_min, quant_max)
-                    levels = u.addcmul_(levels.sub_(u), byte[0].to(u.dtype).lt_(drawn[1]))
-                torch.mul(levels, s, out=out)
+        def compute(x, error=None):
+            result = torch.empty_like(x)
+            tensors = (x, result) if drawn is None else (x, result, drawn)
+            each(_progressive, tensors, (scale, zero_point, threshold, error), quant_min, quant_max)
             return result
 
-        errors = [] if with_error else None
-        out = compute(x, errors)
-        error = torch.stack(errors).sum() / x.numel() if with_error else None
+        error = sums_like(x.new_zeros(())) if with_error else None
+        out = compute(x, error)
+        error = (error / x.numel()).to(x.dtype) if with_error else None
         ctx.output = attach(out, compute)
         ctx.save_for_backward(x, scale, zero_point)
         ctx.set_materialize_grads(False)
@@ -146,7 +138,21 @@ class ProgressiveFunction(torch.autograd.Function):
         return *straight_through_gradients(ctx, grad, pull), *[None] * 6
 
 
-def _draw_bytes(like: Tensor, share: float) -> tuple[Tensor, float]:
+def _progressive(tensors, parameters, quant_min, quant_max) -> None:
+    (x, out, *drawn), (s, z, threshold, error) = tensors, parameters
+    u = x * (1.0 / s)
+    levels = clamp_levels_(u.round(), z, quant_min, quant_max)
+    if error is not None:
+        difference = levels - u
+        add_product_(error, difference, difference)
+    if drawn:
+        # In units of the step a number and its level are so near that their difference is exact.
+        u = clamp_levels_(u, z, quant_min, quant_max)
+        levels = u.addcmul_(levels.sub_(u), drawn[0].to(u.dtype).lt_(threshold))
+    torch.mul(levels, s, out=out)
+
+
+def _draw_bytes(like: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Random bytes, of the shape of ``like``, and a threshold that each is below with probability ``share``.
 
     A quarter of what a float of its own costs to draw; the threshold of all, a whole number of 256ths, is itself drawn
@@ -154,4 +160,4 @@ def _draw_bytes(like: Tensor, share: float) -> tuple[Tensor, float]:
     """
     words = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=like.device).random_(-(2**63), None)
     drawn = words.view(torch.uint8)[: like.numel()].view(like.shape)
-    return drawn, float(math.floor(256 * share + float(torch.rand(()))))
+    return drawn, torch.tensor(float(math.floor(256 * share + float(torch.rand(())))))

@@ -65,9 +65,9 @@ def require_backend(name: str) -> None:
     if spec.reads_onnx:
         onnx.require_packages("onnx", "onnxscript", name)
     elif spec.compiles:
-        from .inductor import require_compiler
+        from .inductor import require_inductor
 
-        require_compiler()
+        require_inductor()
     else:
         native.require_engine(name)
 

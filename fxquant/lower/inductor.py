@@ -8,20 +8,18 @@ it stays on integers as the reference has them.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
-from torch._inductor import config, exc
-from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor import config
 
 from .. import _torch_ao
+from ..compiler import own_warnings_silenced, require_compiler
 from ..errors import SpecError
 from ..graph import called_module
 from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
@@ -54,7 +52,7 @@ class InductorModel:
             graph(example)  # integer layers decide at their first call how to carry their sums
         program = torch.export.export(graph, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
         self._shape = tuple(batch.shape[1:])
-        with _torchs_own_warnings_silenced():
+        with own_warnings_silenced():
             self._run = torch.compile(program.module())
         self._known: set[tuple] = set()
 
@@ -73,7 +71,7 @@ class InductorModel:
 
     def _compile(self, images: Tensor, key: tuple) -> Tensor:
         before = Counter(counters["inductor"])
-        with config.patch(freezing=True), _torchs_own_warnings_silenced():
+        with config.patch(freezing=True), own_warnings_silenced():
             out = self._run(images)
         if not self._known:
             self._say_what_was_not_found(before, len(images) == 1)
@@ -92,16 +90,10 @@ class InductorModel:
                 )
 
 
-def require_compiler() -> None:
+def require_inductor() -> None:
     """Raises :class:`SpecError` where Inductor finds no C++ compiler, or this torch has no onednn."""
     native.require_engine(_KERNELS_FROM)
-    try:
-        get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
-        raise SpecError(
-            "backend 'inductor' was asked for, whose programs are compiled, and no C++ compiler was found: install g++ "
-            "or clang++, or name one in the environment variable CXX"
-        ) from None
+    require_compiler("backend 'inductor' was asked for")
 
 
 def decompose(reference: fx.GraphModule, layers: set[str]) -> tuple[fx.GraphModule, Counter[str]]:
@@ -208,15 +200,6 @@ class _Decomposition:
 
     def _call(self, operator, *args) -> fx.Node:
         return self.graph.call_function(operator, args)
-
-
-@contextlib.contextmanager
-def _torchs_own_warnings_silenced() -> Iterator[None]:
-    """Within it, torch's compiler does not tell users what it thinks of its own code."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="To copy construct from a tensor", module=r"torch\._inductor")
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
-        yield
 
 
 def _compiled(entry: native.LoweredLayer) -> native.LoweredLayer:

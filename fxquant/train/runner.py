@@ -16,6 +16,7 @@ from torch import fx, nn
 from .. import checkpoint, cost
 from ..allocate import require_allocatable
 from ..analyze import analyze
+from ..compiler import require_compiler
 from ..controller import Controller, param_groups
 from ..convert import convert
 from ..data import Data, Loader, dead_workers_in_words
@@ -23,6 +24,7 @@ from ..distributed import even_parts, whole_batch
 from ..dynamics import CapacityRecorder
 from ..errors import FxQuantError
 from ..estimators import Estimator
+from ..estimators.passes import compiled_quantizers
 from ..files import write_bytes, write_json, write_text
 from ..freeze import freeze, settle
 from ..loss import QATLoss
@@ -134,7 +136,8 @@ class _Run:
             with whole_batch():
                 model = prepared_with(recipe, self.float_model, rules.rules, plain)
         self.progress.prepared(model)
-        history = self._train_quantized(model, rules, state)
+        with compiled_quantizers(recipe.train.compile):
+            history = self._train_quantized(model, rules, state)
         budget = recipe.built_budget()
         with whole_batch():
             settle(model, budget, calibration=statistics_images(recipe, self.data))
@@ -175,6 +178,8 @@ class _Run:
             model = prepared_without_data(self.recipe, float_model, self.recipe.built_rules(), data)
             self._require_budget(model)
             make_optimizer(param_groups(model, 1e-3), self.recipe.train.optimizer)
+            if self.recipe.train.compile:
+                require_compiler("train.compile = true was asked for")
         for backend in self.recipe.quantization.lower if self.recipe.quantizes else ():
             require_backend(backend)
         with torch.no_grad():

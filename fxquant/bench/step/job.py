@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...compiler import require_compiler
 from ...errors import SpecError, UnknownNameError
 from ...estimators import get_estimator
 from ...grid import check_bits
@@ -33,6 +34,7 @@ class StepJob:
         seed: of weights, images, labels and the order of bursts.
         autocast: key of :data:`AUTOCAST`, or empty for float32.
         device: ``cpu``, ``cuda``, ``cuda:1`` ...
+        compiled: whether our quantizers run compiled (:func:`fxquant.compiled_quantizers`).
 
     Raises:
         SpecError, UnknownNameError: for what cannot be measured.
@@ -46,6 +48,7 @@ class StepJob:
     seed: int = 0
     autocast: str = ""
     device: str = "cpu"
+    compiled: bool = False
 
     def __post_init__(self):
         check_bits(self.bits)
@@ -54,6 +57,8 @@ class StepJob:
                 raise SpecError(f"{name}={getattr(self, name)} was asked for; it must be at least {least}")
         if self.autocast and self.autocast not in AUTOCAST:
             raise UnknownNameError("autocast dtype", self.autocast, AUTOCAST)
+        if self.compiled:
+            require_compiler("compiled quantizers were asked for")
         if self.device != "cpu" and not (self.device.split(":")[0] == "cuda" and torch.cuda.is_available()):
             raise SpecError(
                 f"device={self.device!r} was asked for; steps are timed on cpu or cuda, and this torch "
