@@ -6,6 +6,7 @@ ARGUMENTS``, the second process of which is killed in its third step.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from .conftest import RECIPES
 from .models import TinyResidual
 
 STEPS, BATCH = 10, 16  # an epoch
+STEP_SPOILT = 7  # of four an epoch
 
 # Estimators with the options that leave nothing to chance, and those that draw.
 EXACT = {"ste": {}, "lsq": {}, "ewgs": {}, "pege": {"curriculum": 0.0}, "gdnsq": {"noise_gradient": False}}
@@ -141,6 +143,27 @@ def cut_by_a_full_disk(processes: Processes, folder: Path) -> str:
         checkpoint.save_checkpoint = write
 
 
+def rolled_back(processes: Processes, folder: Path) -> str:
+    """A run that goes back to its last checkpoint, since a weight of the second process is spoilt; what is told."""
+    check, notes = Guard.check, []
+
+    def spoiling(self, place, model, *rest):
+        check(self, place, model, *rest)
+        if not processes.is_first and place == ("quantized", 2, STEP_SPOILT) and not self.rollbacks:
+            dict(model.named_parameters())["layer2.0.conv1.weight"].data.view(-1)[0] = math.nan
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    Guard.check = spoiling
+    try:
+        run(load_recipe(RUN, [*SHORT, "divergence.action=rollback"]), folder, progress=Notes())
+    finally:
+        Guard.check = check
+    return " ".join(notes)
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     processes = Processes()
@@ -152,6 +175,7 @@ def main(folder: Path) -> None:
         },
         "uneven": message_of(load_recipe(RUN, [*SHORT, "data.batch_size=255"]), folder / "uneven"),
         "cut": cut_by_a_full_disk(processes, folder / "cut"),
+        "rolled back": rolled_back(processes, folder / "rolled"),
     }
     out["outcomes"] = [
         run(load_recipe(RUN, SHORT), folder / name, resume=name == "cut") is not None for name in ("whole", "cut")

@@ -113,6 +113,16 @@ def test_a_full_disk_of_the_first_process_ends_both_and_the_run_resumes_exactly(
     assert {**results[0], "seconds": 0} == {**results[1], "seconds": 0}
 
 
+def test_what_one_process_sees_diverge_all_take_back(two):
+    """A weight spoilt in the second process: the first tells of the layer, though it has seen nothing."""
+    (first, second), folder = two
+    words = "in epoch 2 of quantized training, step 8, the loss is NaN or infinite: 'layer2.0.conv1.weight' holds NaN"
+    assert first["rolled back"].startswith(words)
+    assert second["rolled back"] == ""
+    (rollback,) = json.loads((folder / "rolled" / "result.json").read_text())["rollbacks"]
+    assert (rollback["stage"], rollback["epoch"], rollback["step"]) == ("quantized", 2, 8)
+
+
 def test_only_the_first_process_writes_and_has_an_outcome(two):
     (first, second), folder = two
     assert (first["outcomes"], second["outcomes"]) == ([True, True], [False, False])

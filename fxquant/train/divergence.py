@@ -15,6 +15,10 @@ def all_finite(model: nn.Module) -> bool:
     return bool(torch.stack([torch.isfinite(tensor).all() for tensor in averaged(model).values()]).all())
 
 
+NOWHERE = "every activation is finite, the loss itself is not"
+"""What is said of a model and images in which nothing is NaN or infinite."""
+
+
 @torch.no_grad()
 def first_not_finite(model: nn.Module, images: Tensor) -> str:
     """Which module was the first to be NaN or infinite, in words.
@@ -34,7 +38,7 @@ def first_not_finite(model: nn.Module, images: Tensor) -> str:
         return f"{name!r} holds NaN or infinity, by the gradient of the step before"
     if overflows is not None:
         return f"activations overflow, first in {overflows!r}"
-    return "every activation is finite, the loss itself is not"
+    return NOWHERE
 
 
 def _watched(model: nn.Module, images: Tensor) -> tuple[dict[str, int], str | None]:

@@ -26,8 +26,10 @@ class Diverged(Exception):
     """
 
     def __init__(self, stage: str, epoch: int, step: int, cause: str):
-        super().__init__(f"in epoch {epoch} of {stage} training, step {step}, {cause}")
         self.stage, self.epoch, self.step, self.cause = stage, epoch, step, cause
+
+    def __str__(self) -> str:
+        return f"in epoch {self.epoch} of {self.stage} training, step {self.step}, {self.cause}"
 
 
 class Guard:

@@ -37,6 +37,7 @@ from ..widths import require_reachable
 from .allocation import ChosenRules, allocate_for, rules_of
 from .average import WeightAverage
 from .build import build_model, make_optimizer, model_and_data, prepared_with, prepared_without_data, statistics_images
+from .divergence import NOWHERE
 from .evaluate import accuracy, predictions
 from .guard import Diverged, Guard
 from .keeper import Keeper
@@ -82,6 +83,9 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, progress: Progres
             try:
                 return _Run(recipe, output, processes, progress, guard).execute(state)
             except Diverged as diverged:
+                # All diverge at one step, since losses are means over processes; not all need to have seen where.
+                causes = processes.gather(diverged.cause)
+                diverged.cause = next((cause for cause in causes if NOWHERE not in cause), causes[0])
                 rollback = guard.roll_back(diverged)
             progress.note(rollback)
             # None before the first: from the beginning
