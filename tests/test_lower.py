@@ -354,6 +354,29 @@ def corrupted(sound, offset: int):
     return forward
 
 
+@pytest.mark.parametrize(
+    ("channels", "size", "options"),
+    [
+        (1, (4, 3), {"kernel_size": (2, 3), "stride": (1, 2)}),
+        (1, (14, 2), {"kernel_size": (3, 2), "stride": (1, 4), "padding": (1, 0)}),
+        (1, (8, 28), {"kernel_size": (2, 5), "stride": 2, "padding": 2}),
+        (4, (5, 1), {"kernel_size": (4, 1), "stride": 3, "padding": (3, 2), "dilation": 2}),
+        (8, (6, 1), {"kernel_size": (1, 2), "padding": 1, "dilation": 2}),
+    ],
+    ids=str,
+)
+def test_convolutions_that_onednn_reads_beyond_the_input_for_run_elsewhere(channels, size, options):
+    """It gives other numbers for more images than it was checked on, or ends the process."""
+    x = torch.randn(2, channels, *size)
+    reference = reference_of(nn.Sequential(nn.Conv2d(channels, 8, **options), nn.ReLU()), x, 4)
+    lowered = fq.lower(reference, "onednn")
+    (layer,) = [layer for layer in lowered.meta["fxquant_lowered"] if layer.layer]
+    assert not layer.kernel.startswith("onednn")
+    assert layer.reason == "onednn would read beyond the input"
+    for images in (3, 8, 17):
+        assert largest_gap(reference, lowered, "onednn", torch.randn(images, channels, *size)) <= 1
+
+
 @pytest.mark.parametrize(("offset", "used"), [(1, True), (2, False)])
 @pytest.mark.parametrize("backend", ["fbgemm", "onednn"])
 def test_a_kernel_wrong_by_more_than_one_code_is_not_used(monkeypatch, backend, offset, used):

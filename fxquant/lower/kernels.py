@@ -8,6 +8,7 @@ tensors, which are made of and read back as plain uint8 around each call.
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,9 @@ class OnednnLayer(Kernel):
         overwrite: whether the addend's memory may take the result.
         input_shape: of a convolution's input, for which its weight is laid out. Any other is computed rightly too, but
             may have the weight laid out anew in every call.
+
+    Raises:
+        RuntimeError: for a convolution that onednn reads beyond its input for.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class OnednnLayer(Kernel):
 
     def _pack(self, weight: Tensor, input_shape: tuple[int, ...] | None) -> Tensor:
         if self.convolution:
+            _require_within_input(weight, self.geometry, input_shape)
             grid_and_geometry = (self.weight_scale, *self.in_grid, *self.geometry)
             return torch.ops.onednn.qconv_prepack(weight, *grid_and_geometry, input_shape)
         return torch.ops.onednn.qlinear_prepack(weight.flatten(1), None)
@@ -152,6 +157,45 @@ class OnednnLayer(Kernel):
         if self.finish is not None:
             out = activate(out, *self.finish)
         return out if self.bounds is None else out.clamp_(*self.bounds)
+
+
+def _require_within_input(weight: Tensor, geometry: tuple, input_shape: tuple[int, ...] | None) -> None:
+    """Raises RuntimeError where onednn of torch 2.13 reads memory beyond the input, with numbers that change from call
+    to call, or a crash.
+
+    That is so where one input channel is reduced to a width of one by a stride; and where outputs are of padding alone,
+    all of them along an axis, or some with one input channel, with groups or with a dilation. (An odd 1x1 convolution
+    with padding is right.)
+    """
+    if input_shape is None:
+        return
+    stride, _, dilation, groups = geometry
+    axes = [_Axis(*axis) for axis in zip(input_shape[2:], weight.shape[2:], *geometry[:3], strict=True)]
+    one_channel = weight.shape[1] == groups == 1
+    special = one_channel or groups > 1 or max(dilation) > 1
+    in_padding = any((any if special else all)(axis.in_padding()) for axis in axes)
+    if in_padding or (one_channel and stride[1] > 1 and len(axes[1].places()) == 1):
+        raise RuntimeError("onednn would read beyond the input")
+
+
+class _Axis(NamedTuple):
+    """A convolution along one axis of its input."""
+
+    size: int
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+
+    def places(self) -> range:
+        """Where the first tap of the kernel lies for each output."""
+        reach = self.dilation * (self.kernel - 1) + 1
+        return range(-self.padding, self.size + self.padding - reach + 1, self.stride)
+
+    def in_padding(self) -> list[bool]:
+        """For each output, whether every tap lies in the padding."""
+        taps = [tap * self.dilation for tap in range(self.kernel)]
+        return [not any(0 <= place + tap < self.size for tap in taps) for place in self.places()]
 
 
 def bounding_operation(exit_: Quantize, relu: bool, ceiling: float | None) -> tuple[str, list[float], str]:
