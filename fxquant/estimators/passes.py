@@ -38,7 +38,7 @@ def compiled_quantizers(enabled: bool = True) -> Iterator[None]:
         enabled: whether they do; otherwise, nothing is changed.
 
     Raises:
-        SpecError: where there is no C++ compiler, or no Triton for a GPU.
+        SpecError: where there is no C++ compiler.
     """
     global _compiles
     if not enabled:

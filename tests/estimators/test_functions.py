@@ -57,7 +57,7 @@ def test_an_element_is_replaced_exactly_or_not_at_all(scheme, bits, seed):
     assert torch.equal(out[off], level[off])
 
 
-def by_definition(x, scale, zero, low, high, grad, delta, replaced=None):
+def by_definition(x, scale, zero, low, high, grad, delta):
     """Gradients to x, scale and zero-point with masks, in float64."""
     x, scale, grad = x.double(), scale.double(), grad.double()
     zero = torch.zeros(()) if zero is None else zero.double()
@@ -65,8 +65,6 @@ def by_definition(x, scale, zero, low, high, grad, delta, replaced=None):
     unclamped = torch.round(u) + zero
     code = unclamped.clamp(low, high)
     inside, residual = code == unclamped, torch.round(u) - u
-    if replaced is not None:
-        residual = torch.where(replaced, residual, 0.0)
     to_x = torch.where(inside, grad * (1 - delta * grad.sign() * residual), 0.0)
     to_scale = (grad * torch.where(inside, residual, code - zero)).sum_to_size(scale.shape)
     return to_x, to_scale, torch.where(inside, 0.0, -grad * scale).sum_to_size(scale.shape)
