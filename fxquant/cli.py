@@ -384,11 +384,14 @@ def bench_step(
 ) -> None:
     """Measure a training step: the float model's, torch.ao's, and that of each estimator; time and peak memory."""
     from .bench import artefacts, step
+    from .compiler import require_compiler
 
     names = step.contenders([name.strip() for name in estimators.split(",")], peers=peers)
     job = step.StepJob(model, image_size, batch, bits, threads, seed, autocast, device, compiled)
     settings = step.StepSettings(rounds, burst)
     artefacts.of_model(model, image_size or None, Path())  # the name and the size, before processes are started
+    if compiled:
+        require_compiler("compiled quantizers were asked for")
     with out.status("bench step") as status:
         result = step.measure(job, names, settings, status.update if out.is_terminal else err.print)
     file = (output or Path("runs") / "bench" / model) / "step.json"

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from .errors import CheckpointError, NotFrozenError
 from .estimators import Estimator
 from .freeze import freeze
+from .graph import called_module
 from .integer import Dequantize, Quantize
 from .layers import QATLayer
 from .prepare import prepare, prepared_info
@@ -61,7 +62,7 @@ def convert(model: fx.GraphModule) -> fx.GraphModule:
         return graph.create_node("call_module", flat, (argument,), name=flat)
 
     for node in model.graph.nodes:
-        module = modules[node.target] if node.op == "call_module" else None
+        module = called_module(node, modules)
         if isinstance(module, QATLayer):
             form = copy.deepcopy(module.integer_form())
             entry = env[node.args[0]]

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from .cost import qat_layers
 from .estimators import Estimator
+from .graph import called_module
 from .layers import QATLayer
 from .qconfig import MOVES_VALUES
 
@@ -107,7 +108,7 @@ class _Graph:
                 self.inputs.setdefault(module, []).append(node.args[0])
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        return self.modules[node.target] if node.op == "call_module" else None
+        return called_module(node, self.modules)
 
     def quantizers(self) -> Iterator[tuple[str, Estimator]]:
         """Activation quantizers in the order of the graph, each once."""

@@ -30,6 +30,7 @@ from fxquant.train.processes import Processes, leave, seed_everything
 
 from .conftest import RECIPES
 from .models import TinyResidual
+from .test_divergence import Notes
 
 STEPS, BATCH = 10, 16  # an epoch
 STEP_SPOILT = 7  # of four an epoch
@@ -145,23 +146,19 @@ def cut_by_a_full_disk(processes: Processes, folder: Path) -> str:
 
 def rolled_back(processes: Processes, folder: Path) -> str:
     """A run that goes back to its last checkpoint, since a weight of the second process is spoilt; what is told."""
-    check, notes = Guard.check, []
+    check, told = Guard.check, Notes()
 
     def spoiling(self, place, model, *rest):
         check(self, place, model, *rest)
         if not processes.is_first and place == ("quantized", 2, STEP_SPOILT) and not self.rollbacks:
             dict(model.named_parameters())["layer2.0.conv1.weight"].data.view(-1)[0] = math.nan
 
-    class Notes(Silent):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
     Guard.check = spoiling
     try:
-        run(load_recipe(RUN, [*SHORT, "divergence.action=rollback"]), folder, progress=Notes())
+        run(load_recipe(RUN, [*SHORT, "divergence.action=rollback"]), folder, progress=told)
     finally:
         Guard.check = check
-    return " ".join(notes)
+    return " ".join(told.notes)
 
 
 def main(folder: Path) -> None:

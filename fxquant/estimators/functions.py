@@ -1,9 +1,8 @@
 """The autograd functions that estimators share, and what they are built from.
 
-A training step is bound by memory, so these keep to few passes over it: in place on buffers of their own, in float,
-without masks (a ``torch.where`` on a mask takes five times a multiplication). Of tensors, ``x`` alone is saved, which
-the layer before keeps anyway; a backward computes the output anew (:mod:`fxquant.estimators.recompute`). No tensor is
-read by the host, but for single values that are in its memory already.
+A training step is bound by memory, so these keep to few passes over it (:mod:`fxquant.estimators.passes`). Of tensors,
+``x`` alone is saved, which the layer before keeps anyway; a backward computes the output anew
+(:mod:`fxquant.estimators.recompute`).
 
 Throughout, ``s`` is the step, ``u = x/s``, and a level is a code less the zero-point.
 """

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ...compiler import require_compiler
 from ...errors import SpecError, UnknownNameError
 from ...estimators import get_estimator
 from ...grid import check_bits
@@ -57,8 +56,6 @@ class StepJob:
                 raise SpecError(f"{name}={getattr(self, name)} was asked for; it must be at least {least}")
         if self.autocast and self.autocast not in AUTOCAST:
             raise UnknownNameError("autocast dtype", self.autocast, AUTOCAST)
-        if self.compiled:
-            require_compiler("compiled quantizers were asked for")
         if self.device != "cpu" and not (self.device.split(":")[0] == "cuda" and torch.cuda.is_available()):
             raise SpecError(
                 f"device={self.device!r} was asked for; steps are timed on cpu or cuda, and this torch "

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ... import _torch_ao as ao
 from ...controller import Controller, param_groups
-from ...estimators.passes import compiled_quantizers
 from ...loss import QATLoss
 from ...prepare import prepare
 from ...spec import Rule
@@ -48,11 +47,10 @@ def build(name: str, job: StepJob) -> Step:
     optimizer = torch.optim.SGD(param_groups(trained, lr=_LEARNING_RATE), lr=_LEARNING_RATE, momentum=0.9)
 
     def step() -> Tensor:
-        with compiled_quantizers(job.compiled):
-            with _autocast(job):
-                loss = loss_of(images, labels)
-            optimizer.zero_grad()
-            loss.backward()
+        with _autocast(job):
+            loss = loss_of(images, labels)
+        optimizer.zero_grad()
+        loss.backward()
         optimizer.step()
         after()
         return loss.detach()
