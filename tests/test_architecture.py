@@ -18,7 +18,7 @@ ORDER = [
     "edges", "prepare", "budget", "widths", "capacity", "mincut", "sensitivity", "integer_program", "allocate",
     "analyze", "dynamics", "ties", "freeze", "cut_check", "convert", "controller", "loss", "lower", "verify",
     "report", "svg", "models", "timm", "synthetic", "pixels", "data", "recipe", "checkpoint", "run_report", "html",
-    "coverage", "train", "bench", "interruption", "cli",
+    "meter", "coverage", "train", "bench", "interruption", "cli",
 ]  # fmt: skip
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from fxquant import meter
 from fxquant.bench import step
 from fxquant.bench.processes import WorkerError
-from fxquant.bench.step import meter, rounds, steps, worker
+from fxquant.bench.step import rounds, steps, worker
 from fxquant.bench.worker import answer_all
 from fxquant.cli import app
 from fxquant.errors import FxQuantError, SpecError, UnknownNameError

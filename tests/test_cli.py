@@ -1,5 +1,6 @@
 """The command line, run as a user runs it: what it prints, what it leaves, how it fails."""
 
+import csv
 import json
 import signal
 import subprocess
@@ -198,7 +199,11 @@ def test_coverage_of_a_model_is_resumed(tmp_path):
     assert "1 of 2 models pass every stage" in done.stdout
     assert "no_such_model: create:" in done.stdout
     table = (tmp_path / "coverage_w4.csv").read_text()
-    assert len(table.splitlines()) == 3
+    header, passed, failed = csv.reader(table.splitlines())
+    spent = [i for i, name in enumerate(header) if name.endswith(("_seconds", "_mb"))]
+    assert len(spent) == 11  # five stages and the highest peak
+    assert all(float(passed[i]) > 0 and float(failed[i]) == 0 for i in spent)
+    assert "test_resnet, 0.5 M parameters: prepare" in done.stdout
     again = fxquant(*arguments, "--resume")
     assert again.stdout == done.stdout
     assert (tmp_path / "coverage_w4.csv").read_text() == table

@@ -1,6 +1,7 @@
 """What becomes of any timm model: each taken through every stage in a process of its own, one CSV row a model.
 
 * ``row`` - the row, the stages, the CSV file and the summary.
+* ``spending`` - time and memory of the stages.
 * ``probe`` - what is counted on any graph.
 * ``ours``, ``plain`` - the way through fxquant, and through torch.ao as it comes, for comparison.
 

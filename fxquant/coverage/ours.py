@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import torch
@@ -17,15 +16,15 @@ from ..prepare import prepare
 from ..spec import Rule
 from ..verify import verify
 from . import probe
-from .row import Row
+from .spending import Spending
 
 
-def stages(row: Row, model: nn.Module, images: Tensor) -> Iterator[None]:
+def stages(spending: Spending, model: nn.Module, images: Tensor) -> Iterator[None]:
     """One ``yield`` a stage of :data:`~fxquant.coverage.row.STAGES` after the first."""
+    row = spending.row
     rules = [Rule("first|last", 8, 8), Rule("*", row.bits, row.bits)]
-    begun = time.perf_counter()
-    prepared = prepare(model, rules, calibration=[images])
-    row.prepare_seconds, row.prepare_peak_mb = round(time.perf_counter() - begun, 1), probe.peak_mb()
+    with spending.on("prepare"):
+        prepared = prepare(model, rules, calibration=[images])
     info = prepared.meta["fxquant"]
     row.layers, row.opaque = len(info.costs), len(info.opaque)
     row.conv_bn_fused, row.conv_bn_total = probe.fused_norms(prepared)
@@ -37,17 +36,21 @@ def stages(row: Row, model: nn.Module, images: Tensor) -> Iterator[None]:
 
     prepared.train()
     optimizer = torch.optim.SGD(param_groups(prepared, lr=1e-4, quantizer_lr=1e-4))
-    prepared(images).square().mean().backward()
+    with spending.on("step"):
+        prepared(images).square().mean().backward()
+        nn.utils.clip_grad_norm_([p for p in prepared.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
     row.without_gradient = probe.without_gradient(prepared)
-    nn.utils.clip_grad_norm_([p for p in prepared.parameters() if p.requires_grad], 1.0)
-    optimizer.step()
     yield
 
-    freeze(prepared)
+    with spending.on("freeze"):
+        freeze(prepared)
     yield
-    reference = convert(prepared)
+    with spending.on("convert"):
+        reference = convert(prepared)
     yield
-    lowered = lower(reference, "x86")
+    with spending.on("lower"):
+        lowered = lower(reference, "x86")
     on_kernels = {r.layer for r in operators(lowered) if r.layer and r.kernel != "reference"}
     integer = _integer_macs(reference, on_kernels, info.costs)
     row.integer_macs = round(min(integer / max(probe.total_macs(model, images[:1]), 1), 1.0), 4)

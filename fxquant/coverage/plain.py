@@ -8,7 +8,6 @@ layers alike (torch.ao does not fuse what is configured apart), which its conver
 from __future__ import annotations
 
 import copy
-import time
 import warnings
 from collections.abc import Iterator
 
@@ -17,17 +16,17 @@ from torch import Tensor, nn
 
 from .. import _torch_ao as ao
 from . import probe
-from .row import Row
+from .spending import Spending
 
 
-def stages(row: Row, model: nn.Module, images: Tensor) -> Iterator[None]:
+def stages(spending: Spending, model: nn.Module, images: Tensor) -> Iterator[None]:
     """One ``yield`` a stage of :data:`~fxquant.coverage.row.STAGES` after the first."""
+    row = spending.row
     warnings.simplefilter("ignore")
     before = model.eval()(images)
     model.train()
-    begun = time.perf_counter()
-    prepared = ao.prepare_qat_fx(copy.deepcopy(model), _mapping(row.bits), (images,))
-    row.prepare_seconds, row.prepare_peak_mb = round(time.perf_counter() - begun, 1), probe.peak_mb()
+    with spending.on("prepare"):
+        prepared = ao.prepare_qat_fx(copy.deepcopy(model), _mapping(row.bits), (images,))
     quantized = [m for m in prepared.modules() if hasattr(m, "weight_fake_quant")]
     row.layers = len(quantized)
     row.conv_bn_fused, row.conv_bn_total = probe.fused_norms(prepared)
@@ -37,10 +36,12 @@ def stages(row: Row, model: nn.Module, images: Tensor) -> Iterator[None]:
     yield
 
     prepared.train()
-    prepared(images).square().mean().backward()
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-4)
+    with spending.on("step"):
+        prepared(images).square().mean().backward()
+        nn.utils.clip_grad_norm_(prepared.parameters(), 1.0)
+        optimizer.step()
     row.without_gradient = probe.without_gradient(prepared)
-    nn.utils.clip_grad_norm_(prepared.parameters(), 1.0)
-    torch.optim.SGD(prepared.parameters(), lr=1e-4).step()
     prepared(images)  # the step after: this is where zero gammas become NaN
     yield
 
@@ -48,9 +49,11 @@ def stages(row: Row, model: nn.Module, images: Tensor) -> Iterator[None]:
     with torch.no_grad():
         simulated = prepared(images)
     yield
-    reference = ao.convert_to_reference_fx(copy.deepcopy(prepared))
+    with spending.on("convert"):
+        reference = ao.convert_to_reference_fx(copy.deepcopy(prepared))
     yield
-    lowered = ao.convert_fx(prepared)
+    with spending.on("lower"):
+        lowered = ao.convert_fx(prepared)
     yield
     macs: list[int] = []
     layers = [m for m in lowered.modules() if isinstance(m, (ao.nnq.Conv2d, ao.nnq.Linear))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import resource
 
 import torch
 from torch import Tensor, fx, nn
@@ -52,11 +51,6 @@ def total_macs(model: nn.Module, image: Tensor) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         opened(image)
     return counter.get_total_flops() / 2
-
-
-def peak_mb() -> float:
-    """Peak memory of this process so far, in MiB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 0)
 
 
 def least_cosine(a: Tensor, b: Tensor) -> float:

@@ -13,8 +13,9 @@ import torch
 
 from ..errors import FxQuantError
 from ..synthetic import random_images, settled
-from . import ours, plain, probe
+from . import ours, plain
 from .row import STAGES, Row, append, begin, read
+from .spending import Spending
 
 _SECONDS_PER_MODEL = 900
 WAYS = {"fxquant": ours.stages, "torch.ao": plain.stages}
@@ -26,6 +27,7 @@ def cover_model(name: str, input_size: int, bits: int, way: str = "fxquant") -> 
     from .. import timm
 
     row = Row(name, input_size, bits)
+    spending = Spending(row)
     started = time.perf_counter()
     try:
         torch.manual_seed(0)
@@ -33,12 +35,11 @@ def cover_model(name: str, input_size: int, bits: int, way: str = "fxquant") -> 
         model = settled(timm.create_model(name, pretrained=False), images)
         row.parameters_m = round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
         row.stages = 1
-        for _ in WAYS[way](row, model, images):
+        for _ in WAYS[way](spending, model, images):
             row.stages += 1
     except Exception as error:
         row.failed = f"{STAGES[row.stages]}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     row.seconds = round(time.perf_counter() - started, 1)
-    row.peak_mb = probe.peak_mb()
     return row
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from ..errors import CheckpointError
 
 STAGES = ("create", "prepare", "step", "freeze", "convert", "lower", "run")
+TIMED = STAGES[1:-1]
+"""Those whose time and memory a row tells."""
 
 
 @dataclass
@@ -30,8 +32,9 @@ class Row:
         cosine: of the x86 logits with the reference's, the least over images.
         parameters_m: millions of parameters of the float model.
         parameters_lost: how many of them the prepared model does not have: those that no forward in eval mode uses.
-        prepare_seconds, prepare_peak_mb: time of prepare, and peak memory of the process until it returned.
-        seconds, peak_mb: the same of all stages.
+        prepare_seconds, prepare_mb, ...: wall time of each of :data:`TIMED`, and its peak of resident memory in MiB,
+            beyond what the process had before the model was created; see :class:`~.spending.Spending`.
+        seconds, peak_mb: wall time of everything, and the highest of these peaks.
     """
 
     model: str
@@ -52,7 +55,15 @@ class Row:
     parameters_m: float = 0.0
     parameters_lost: int = 0
     prepare_seconds: float = 0.0
-    prepare_peak_mb: float = 0.0
+    prepare_mb: float = 0.0
+    step_seconds: float = 0.0
+    step_mb: float = 0.0
+    freeze_seconds: float = 0.0
+    freeze_mb: float = 0.0
+    convert_seconds: float = 0.0
+    convert_mb: float = 0.0
+    lower_seconds: float = 0.0
+    lower_mb: float = 0.0
     seconds: float = 0.0
     peak_mb: float = 0.0
 
@@ -104,10 +115,8 @@ def summary(rows: list[Row]) -> str:
         lines.append(f"share of MACs on integer kernels: median {statistics.median(shares):.2%}, least {shares[0]:.2%}")
         worst = sorted(reached, key=lambda r: r.cosine)[:5]
         for row in sorted(reached, key=lambda r: -r.parameters_m)[:10]:
-            lines.append(
-                f"prepare of {row.model}, {row.parameters_m:.1f} M parameters: {row.prepare_seconds:.1f} s, "
-                f"{row.prepare_peak_mb:.0f} MiB"
-            )
+            spent = [f"{s} {getattr(row, f'{s}_seconds'):.1f} s {getattr(row, f'{s}_mb'):.0f} MiB" for s in TIMED]
+            lines.append(f"{row.model}, {row.parameters_m:.1f} M parameters: {', '.join(spent)}")
         lines.append("least cosine of x86 with the reference: " + ", ".join(f"{r.model} {r.cosine:.4f}" for r in worst))
     lines += [f"{row.model}: {row.failed or 'gradients or bits differ'}" for row in rows if not row.passed]
     return "\n".join(lines)

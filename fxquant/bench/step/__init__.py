@@ -2,7 +2,6 @@
 
 * ``job`` - one model, one batch, and what is measured on it.
 * ``steps`` - a contender as a step to call.
-* ``meter`` - clocks and peak memory, of a CPU or a CUDA device.
 * ``worker``, ``__main__`` - the process of one contender, so that peak memory is its own.
 * ``rounds`` - bursts in shuffled, interleaved order; ``result`` - medians, ratios, JSON and table.
 """

@@ -10,9 +10,9 @@ import torch
 
 from ...errors import NonFiniteError
 from ...estimators.passes import compiled_quantizers
+from ...meter import meter
 from ..worker import answer_all, claim_output
 from .job import FLOAT, PEERS, StepJob
-from .meter import meter
 from .steps import build
 
 _WARM_STEPS = 3
