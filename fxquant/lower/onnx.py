@@ -8,7 +8,9 @@ What runtimes fuse into integer kernels, and what they compute wrongly or slowly
   the file has the true size;
 * weights of 1 and 2 bits are bytes, each looked up (Gather) as the 8 or 4 codes it holds: runtimes fold that too.
   ONNX's own INT2 is there only when asked for: OpenVINO does not read it;
-* biases are int32 at the scale of the sums.
+* biases are int32 at the scale of the sums;
+* what a layer that stays float reads of integers is dequantized by plain arithmetic: between a DequantizeLinear and a
+  QuantizeLinear, onnxruntime makes the weights of a float layer 8-bit integers of its own.
 
 onnxruntime requantizes by one float32 multiplier, ``s_x * s_w / s_y``, where the reference multiplies by ``s_x * s_w``
 and then by ``1 / s_y``; :mod:`fxquant.ties` has moved the scales to where the two agree.
@@ -38,6 +40,7 @@ from ..prepare import prepared_info
 
 OPSET, OPSET_INT2 = 21, 25
 TWO_BIT_FORMS = ("bytes", "int2")
+_FLOAT_LAYERS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, F.linear)  # where they are called as functions
 BLOCKS = (128, 64, 32, 16)
 """How many inputs of a weight-only Linear may share a scale: what onnxruntime's kernel takes, fewest scales first."""
 
@@ -215,6 +218,13 @@ def _symbolic(reference: fx.GraphModule, weight_only_linear: bool) -> fx.GraphMo
             forms[node] = form(module, rescale.ceiling if cut else None)
         elif isinstance(module, Dequantize):
             forms[node] = _Dequantize(module.scale, module.zero_point)
+            floats = [user for user in node.users if _reaches_float_layer(user, modules)]
+            if floats:
+                with model.graph.inserting_after(node):
+                    apart = model.graph.call_module(node.target, node.args)
+                for user in floats:
+                    user.replace_input_with(node, apart)
+                forms[apart] = _DequantizeInFloat(module.scale, module.zero_point)
         elif isinstance(module, Rescale):
             (layer,) = node.all_input_nodes
             (codes,) = layer.all_input_nodes
@@ -227,9 +237,25 @@ def _symbolic(reference: fx.GraphModule, weight_only_linear: bool) -> fx.GraphMo
     for node, form in forms.items():  # a form a call: a module that is called twice need not be followed by the same
         node.target = f"{node.name}_onnx"
         model.add_submodule(node.target, form)
+    model.graph.eliminate_dead_code()
     model.delete_all_unused_submodules()
     model.recompile()
     return model.eval()
+
+
+def _reaches_float_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a value that a node reads gets to a layer with float weights before it is quantized."""
+    seen, left = set(), [node]
+    while left:
+        user = left.pop()
+        module = called_module(user, modules)
+        if user in seen or isinstance(module, Quantize):
+            continue
+        seen.add(user)
+        if user.target in _FLOAT_LAYERS or (module is not None and next(module.parameters(), None) is not None):
+            return True
+        left.extend(user.users)
+    return False
 
 
 def _quantized_next(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -268,6 +294,13 @@ class _Dequantize(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         return _op("DequantizeLinear", (codes, self.scale, self.zero_point), torch.float32, codes)
+
+
+class _DequantizeInFloat(_Dequantize):
+    """The same real numbers, in operators that runtimes do not take for the edge of an integer layer."""
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return (codes.to(torch.float32) - self.zero_point.to(torch.float32)) * self.scale
 
 
 class _Layer(nn.Module):
