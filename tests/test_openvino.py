@@ -94,6 +94,40 @@ def test_a_window_larger_than_the_image(tmp_path):
         assert torch.allclose(model(images), reference(images), atol=1e-5)
 
 
+class Reduced(nn.Module):
+    """A linear layer over tokens, a reduction, a classifier. Input [N, 6, 16]."""
+
+    def __init__(self, reduction, bias: bool):
+        super().__init__()
+        self.reduction, self.tokens, self.head = reduction, nn.Linear(16, 12, bias), nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.head(self.reduction(self.tokens(x)))
+
+
+REDUCTIONS = {
+    "mean": lambda x: x.mean(1),
+    "max": lambda x: x.amax(1),
+    "sum": lambda x: x.sum(1),
+    "mean of the last": lambda x: x.transpose(1, 2).mean(2),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_what_a_reduction_reads_of_a_linear_layer(name, bias, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(64, 6, 16)
+    model = Reduced(REDUCTIONS[name], bias).eval()
+    prepared = fq.prepare(model, [fq.Rule("*", 8, 8)], calibration=[x], backend="openvino")
+    fq.freeze(prepared)
+    reference = fq.convert(prepared)
+    with torch.no_grad():
+        want = reference(x)
+    got = lower_to(reference, "openvino", tmp_path / "model.onnx")(x)
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
 def test_weight_only_linear_in_openvino(tmp_path):
     """Its own rounding of activations to 8 bits is off."""
     reference = reference_of(Plain(), 4)

@@ -15,7 +15,8 @@ What runtimes fuse into integer kernels, and what they compute wrongly or slowly
 onnxruntime requantizes by one float32 multiplier, ``s_x * s_w / s_y``, where the reference multiplies by ``s_x * s_w``
 and then by ``1 / s_y``; :mod:`fxquant.ties` has moved the scales to where the two agree.
 
-OpenVINO drops the QuantizeLinear between a convolution and an addition when it fuses the two. A network with residual
+OpenVINO loses track of a Linear's scales where a reduction drops a dimension, so that reductions keep theirs, and drops
+the QuantizeLinear between a convolution and an addition when it fuses the two. A network with residual
 sums has to be prepared for it (``backend="openvino"``), so that there is none to drop.
 """
 
@@ -91,6 +92,7 @@ def export_onnx(
     program = export_program(_symbolic(reference, weight_only_linear), example)
     model = program.model_proto
     _fit_windows(model)
+    _keep_dimensions(model)
     _narrow_weights(model, two_bit)
     onnx.checker.check_model(model, full_check=True)
     content = model.SerializeToString()
@@ -397,6 +399,27 @@ def _fit_windows(model) -> None:
         sizes = [dim.dim_value for dim in shapes[node.input[0]][2:]]
         kernel = options["kernel_shape"].ints
         kernel[:] = [min(width, size) if size else width for width, size in zip(kernel, sizes, strict=True)]
+
+
+def _keep_dimensions(model) -> None:
+    """Reductions keep the dimensions they reduce, and a Squeeze after them drops these.
+
+    OpenVINO takes the scales of a Linear past a reduction as they are, and where that has dropped a dimension they meet
+    another one there.
+    """
+    from onnx import helper
+
+    nodes = []
+    for node in model.graph.node:
+        nodes.append(node)
+        kept = next((attribute for attribute in node.attribute if attribute.name == "keepdims"), None)
+        if not node.op_type.startswith("Reduce") or len(node.input) < 2 or kept is None or kept.i:
+            continue
+        (out,), axes = node.output, node.input[1]
+        kept.i, node.output[0] = 1, f"{out}_kept"
+        nodes.append(helper.make_node("Squeeze", [node.output[0], axes], [out], f"{out}_squeeze"))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _narrow_weights(model, two_bit: str) -> None:
