@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -113,3 +114,28 @@ def test_kernels_compute_the_reference(case):
                     # Of the same integer sums, but for what float32 rounds of the largest.
                     rounding = 2**-22 * (want.double() / kernel.unit).abs().max()
                     assert (off / kernel.unit).max() < 1e-2 + rounding, (node.name, kernel.kernel)
+
+
+@cases(15)
+@given(trained(["onnxruntime"]))
+def test_onnxruntime_computes_the_reference(tmp_path, case):
+    """The file, on images it was not checked on: integers are exact, float operators between them round alike."""
+    pytest.importorskip("onnxscript", reason="the extra fxquant[onnx] is not installed")
+    pytest.importorskip("onnxruntime", reason="the extra fxquant[onnx] is not installed")
+    if case is None or is_noise(case[0], case[3]):
+        return
+    net, _, reference, images = case
+    fq.export_onnx(reference, tmp_path / "x.onnx")
+    model = fq.OnnxModel(tmp_path / "x.onnx")
+    for x in others(net, images):
+        with torch.no_grad():
+            want = reference(x)
+        assert (model(x) - want).abs().max() <= 1e-5 * (want - want.mean()).abs().max() + 1e-6 * want.abs().max()
+
+
+def is_noise(net: nn.Module, images: torch.Tensor) -> bool:
+    """Whether a float model's outputs are what rounding left of a sum that is zero, such as the mean of what
+    InstanceNorm gave: every runtime has its own."""
+    with torch.no_grad():
+        exact = copy.deepcopy(net).double()(images.double())
+        return bool((net(images) - exact).abs().max() > 1e-3 * exact.abs().max())
