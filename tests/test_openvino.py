@@ -94,6 +94,31 @@ def test_a_window_larger_than_the_image(tmp_path):
         assert torch.allclose(model(images), reference(images), atol=1e-5)
 
 
+class Padded(nn.Module):
+    """A strided convolution of one pixel on a padded image, whose every output is read. Input [N, 5, 6, 5]."""
+
+    def __init__(self, stride):
+        super().__init__()
+        self.conv = nn.Conv2d(5, 4, 1, stride, padding=1, dilation=2)
+
+    def forward(self, x):
+        return self.conv(x).flatten(1)
+
+
+@pytest.mark.parametrize("bits", [1, 8])
+@pytest.mark.parametrize("stride", [2, (1, 2)])
+def test_a_strided_convolution_of_one_pixel_keeps_its_padding(stride, bits, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 6, 5)
+    prepared = fq.prepare(Padded(stride).eval(), [fq.Rule("*", bits, bits)], calibration=[x], backend="openvino")
+    fq.freeze(prepared)
+    reference = fq.convert(prepared)
+    with torch.no_grad():
+        want = reference(x)
+    got = lower_to(reference, "openvino", tmp_path / "model.onnx")(x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 class Reduced(nn.Module):
     """A linear layer over tokens, a reduction, a classifier. Input [N, 6, 16]."""
 

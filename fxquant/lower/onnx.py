@@ -311,8 +311,12 @@ class _Layer(nn.Module):
     def __init__(self, layer: IntegerConv2d | IntegerLinear, entry: Quantize, rescale: Rescale):
         super().__init__()
         self.entry = _Dequantize(entry.scale, entry.zero_point)
-        self.layer = layer  # for its geometry; its tensors are left out of the file
-        self.register_buffer("weight", layer.weight.clone())
+        if isinstance(layer, IntegerConv2d):
+            weight, padding, dilation = _window(layer)
+            self.geometry = (layer.stride, padding, dilation, layer.groups)
+        else:
+            weight, self.geometry = layer.weight, None
+        self.register_buffer("weight", weight.clone())
         scale = rescale.scale.to(torch.float64) / entry.scale.to(torch.float64)
         self.register_buffer("weight_scale", scale.to(torch.float32))
         self.register_buffer("weight_zero", torch.zeros_like(rescale.scale, dtype=torch.int8))
@@ -325,10 +329,18 @@ class _Layer(nn.Module):
         weight = (self.weight, self.weight_scale, self.weight_zero)
         weight = _op("DequantizeLinear", weight, torch.float32, self.weight, axis=0)
         bias = _op("DequantizeLinear", (self.bias, self.bias_scale, self.bias_zero), torch.float32, self.bias, axis=0)
-        layer = self.layer
-        if isinstance(layer, IntegerConv2d):
-            return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-        return F.linear(x, weight, bias)
+        return F.conv2d(x, weight, bias, *self.geometry) if self.geometry else F.linear(x, weight, bias)
+
+
+def _window(layer: IntegerConv2d) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+    """Weight, padding and dilation of a convolution; those of one pixel on a strided, padded image become 3x3.
+
+    OpenVINO moves the stride of such a one before its padding.
+    """
+    single = tuple(layer.weight.shape[2:]) == (1, 1)
+    if not (single and any(step > 1 for step in layer.stride) and any(layer.padding)):
+        return layer.weight, layer.padding, layer.dilation
+    return F.pad(layer.weight, (1, 1, 1, 1)), tuple(p + 1 for p in layer.padding), (1, 1)
 
 
 def _fits_weight_only(layer: nn.Module) -> bool:
