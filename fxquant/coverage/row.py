@@ -115,7 +115,11 @@ def summary(rows: list[Row]) -> str:
         lines.append(f"share of MACs on integer kernels: median {statistics.median(shares):.2%}, least {shares[0]:.2%}")
         worst = sorted(reached, key=lambda r: r.cosine)[:5]
         for row in sorted(reached, key=lambda r: -r.parameters_m)[:10]:
-            spent = [f"{s} {getattr(row, f'{s}_seconds'):.1f} s {getattr(row, f'{s}_mb'):.0f} MiB" for s in TIMED]
+            spent = [
+                f"{s} {getattr(row, f'{s}_seconds'):.1f} s {getattr(row, f'{s}_mb'):.0f} MiB"
+                for s in TIMED
+                if getattr(row, f"{s}_mb")
+            ]
             lines.append(f"{row.model}, {row.parameters_m:.1f} M parameters: {', '.join(spent)}")
         lines.append("least cosine of x86 with the reference: " + ", ".join(f"{r.model} {r.cosine:.4f}" for r in worst))
     lines += [f"{row.model}: {row.failed or 'gradients or bits differ'}" for row in rows if not row.passed]

@@ -15,7 +15,7 @@ class Spending:
 
     def __init__(self, row: Row):
         self.row = row
-        self._meter = CpuMeter(threads=1)
+        self._meter = CpuMeter(threads=1)  # for its memory
 
     @contextmanager
     def on(self, stage: str) -> Iterator[None]:

@@ -15,8 +15,8 @@ What runtimes fuse into integer kernels, and what they compute wrongly or slowly
 onnxruntime requantizes by one float32 multiplier, ``s_x * s_w / s_y``, where the reference multiplies by ``s_x * s_w``
 and then by ``1 / s_y``; :mod:`fxquant.ties` has moved the scales to where the two agree.
 
-OpenVINO loses track of a Linear's scales where a reduction drops a dimension, so that reductions keep theirs, and drops
-the QuantizeLinear between a convolution and an addition when it fuses the two. A network with residual
+OpenVINO loses track of a Linear's scales where a reduction or an index drops a dimension, so that these keep theirs. It
+drops the QuantizeLinear between a convolution and an addition when it fuses the two. A network with residual
 sums has to be prepared for it (``backend="openvino"``), so that there is none to drop.
 """
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import operator
 import warnings
 from pathlib import Path
 
@@ -41,7 +42,10 @@ from ..prepare import prepared_info
 
 OPSET, OPSET_INT2 = 21, 25
 TWO_BIT_FORMS = ("bytes", "int2")
-_FLOAT_LAYERS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, F.linear)  # where they are called as functions
+_FLOAT_PRODUCTS = {
+    *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear),
+    *(operator.matmul, torch.matmul, torch.addmm, torch.mm, "matmul", "addmm", "mm"),
+}  # as functions and methods: what may become a Conv, ConvTranspose or Gemm with weights in float
 BLOCKS = (128, 64, 32, 16)
 """How many inputs of a weight-only Linear may share a scale: what onnxruntime's kernel takes, fewest scales first."""
 
@@ -239,6 +243,10 @@ def _symbolic(reference: fx.GraphModule, weight_only_linear: bool) -> fx.GraphMo
     for node, form in forms.items():  # a form a call: a module that is called twice need not be followed by the same
         node.target = f"{node.name}_onnx"
         model.add_submodule(node.target, form)
+    for module in model.modules():
+        if type(module) is nn.Conv2d and _is_padded_pixel(module):
+            weight, module.padding = _widen(module)
+            module.weight, module.kernel_size = nn.Parameter(weight, requires_grad=False), (3, 1)
     model.graph.eliminate_dead_code()
     model.delete_all_unused_submodules()
     model.recompile()
@@ -254,7 +262,8 @@ def _reaches_float_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         if user in seen or isinstance(module, Quantize):
             continue
         seen.add(user)
-        if user.target in _FLOAT_LAYERS or (module is not None and next(module.parameters(), None) is not None):
+        weights = () if module is None else (*module.parameters(), *module.buffers())
+        if user.target in _FLOAT_PRODUCTS or any(w.ndim > 1 and w.is_floating_point() for w in weights):
             return True
         left.extend(user.users)
     return False
@@ -299,7 +308,7 @@ class _Dequantize(nn.Module):
 
 
 class _DequantizeInFloat(_Dequantize):
-    """The same real numbers, in operators that runtimes do not take for the edge of an integer layer."""
+    """The same real numbers, in operators that onnxruntime does not take for the edge of an integer layer."""
 
     def forward(self, codes: Tensor) -> Tensor:
         return (codes.to(torch.float32) - self.zero_point.to(torch.float32)) * self.scale
@@ -312,8 +321,8 @@ class _Layer(nn.Module):
         super().__init__()
         self.entry = _Dequantize(entry.scale, entry.zero_point)
         if isinstance(layer, IntegerConv2d):
-            weight, padding, dilation = _window(layer)
-            self.geometry = (layer.stride, padding, dilation, layer.groups)
+            weight, padding = _widen(layer) if _is_padded_pixel(layer) else (layer.weight, layer.padding)
+            self.geometry = (layer.stride, padding, layer.dilation, layer.groups)
         else:
             weight, self.geometry = layer.weight, None
         self.register_buffer("weight", weight.clone())
@@ -332,15 +341,16 @@ class _Layer(nn.Module):
         return F.conv2d(x, weight, bias, *self.geometry) if self.geometry else F.linear(x, weight, bias)
 
 
-def _window(layer: IntegerConv2d) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
-    """Weight, padding and dilation of a convolution; those of one pixel on a strided, padded image become 3x3.
+def _is_padded_pixel(layer: IntegerConv2d | nn.Conv2d) -> bool:
+    """Whether a convolution has a window of one pixel and padding: OpenVINO moves strides, its own and those of such
+    convolutions after it, before that padding."""
+    return tuple(layer.weight.shape[2:]) == (1, 1) and any(layer.padding)
 
-    OpenVINO moves the stride of such a one before its padding.
-    """
-    single = tuple(layer.weight.shape[2:]) == (1, 1)
-    if not (single and any(step > 1 for step in layer.stride) and any(layer.padding)):
-        return layer.weight, layer.padding, layer.dilation
-    return F.pad(layer.weight, (1, 1, 1, 1)), tuple(p + 1 for p in layer.padding), (1, 1)
+
+def _widen(layer: IntegerConv2d | nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
+    """(weight, padding) of the same convolution with a window of 3x1 pixels, zero but for the middle."""
+    rows, columns = layer.padding
+    return F.pad(layer.weight.detach(), (0, 0, 1, 1)), (rows + layer.dilation[0], columns)
 
 
 def _fits_weight_only(layer: nn.Module) -> bool:
@@ -414,21 +424,32 @@ def _fit_windows(model) -> None:
 
 
 def _keep_dimensions(model) -> None:
-    """Reductions keep the dimensions they reduce, and a Squeeze after them drops these.
+    """Reductions, and a Gather of one index, keep their dimensions, and a Squeeze after them drops these.
 
-    OpenVINO takes the scales of a Linear past a reduction as they are, and where that has dropped a dimension they meet
-    another one there.
+    OpenVINO takes the scales of a Linear past them as they are, and where a dimension is gone they meet another one.
     """
-    from onnx import helper
+    from onnx import helper, numpy_helper
 
+    constants = {initializer.name: initializer for initializer in model.graph.initializer}
     nodes = []
     for node in model.graph.node:
         nodes.append(node)
-        kept = next((attribute for attribute in node.attribute if attribute.name == "keepdims"), None)
-        if not node.op_type.startswith("Reduce") or len(node.input) < 2 or kept is None or kept.i:
+        options = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type.startswith("Reduce") and len(node.input) == 2 and "keepdims" in options:
+            if options["keepdims"].i:
+                continue
+            options["keepdims"].i, axes = 1, node.input[1]
+        elif node.op_type == "Gather" and node.input[1] in constants and not constants[node.input[1]].dims:
+            name = node.output[0]
+            index = numpy_helper.to_array(constants[node.input[1]]).reshape(1)
+            axis = np.array([options["axis"].i if "axis" in options else 0])
+            node.input[1], axes = f"{name}_index", f"{name}_axis"
+            model.graph.initializer.append(numpy_helper.from_array(index, node.input[1]))
+            model.graph.initializer.append(numpy_helper.from_array(axis, axes))
+        else:
             continue
-        (out,), axes = node.output, node.input[1]
-        kept.i, node.output[0] = 1, f"{out}_kept"
+        (out,) = node.output
+        node.output[0] = f"{out}_kept"
         nodes.append(helper.make_node("Squeeze", [node.output[0], axes], [out], f"{out}_squeeze"))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
