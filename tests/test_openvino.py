@@ -94,6 +94,15 @@ def test_a_window_larger_than_the_image(tmp_path):
         assert torch.allclose(model(images), reference(images), atol=1e-5)
 
 
+def in_openvino_and_reference(model: nn.Module, rules: list[fq.Rule], x: torch.Tensor, tmp_path):
+    """Logits of both, of a model that was calibrated on the same images."""
+    prepared = fq.prepare(model.eval(), rules, calibration=[x], backend="openvino")
+    fq.freeze(prepared)
+    reference = fq.convert(prepared)
+    with torch.no_grad():
+        return lower_to(reference, "openvino", tmp_path / "model.onnx")(x), reference(x)
+
+
 class Padded(nn.Module):
     """A strided convolution of one pixel on a padded image, all of whose outputs are read. Input [N, 5, 6, 5]."""
 
@@ -112,12 +121,7 @@ def test_a_convolution_of_one_pixel_keeps_its_padding(strides, rules, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(4, 5, 6, 5)
     rules = [fq.Rule(*rule) for rule in [*rules, ("*", 8, 8)]]
-    prepared = fq.prepare(Padded(*strides).eval(), rules, calibration=[x], backend="openvino")
-    fq.freeze(prepared)
-    reference = fq.convert(prepared)
-    with torch.no_grad():
-        want = reference(x)
-    got = lower_to(reference, "openvino", tmp_path / "model.onnx")(x)
+    got, want = in_openvino_and_reference(Padded(*strides), rules, x, tmp_path)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
@@ -145,13 +149,7 @@ REDUCTIONS = {
 def test_what_a_reduction_reads_of_a_linear_layer(name, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(64, 6, 16)
-    model = Reduced(REDUCTIONS[name]).eval()
-    prepared = fq.prepare(model, [fq.Rule("*", 8, 8)], calibration=[x], backend="openvino")
-    fq.freeze(prepared)
-    reference = fq.convert(prepared)
-    with torch.no_grad():
-        want = reference(x)
-    got = lower_to(reference, "openvino", tmp_path / "model.onnx")(x)
+    got, want = in_openvino_and_reference(Reduced(REDUCTIONS[name]), [fq.Rule("*", 8, 8)], x, tmp_path)
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
 
