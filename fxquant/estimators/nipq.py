@@ -165,13 +165,13 @@ class NoiseProxyFunction(torch.autograd.Function):
             if binary:
                 signs, u = _signs(x), x * (1.0 / scale)
                 pool = (signs - u)[u.abs() <= 2]  # what is clipped lends no noise
-                noise = draw(pool, x.shape) if pool.numel() else torch.zeros_like(x)
+                noise = draw(pool, u) if pool.numel() else torch.zeros_like(x)
                 levels = torch.where(u.abs() <= 2, u, signs)
                 return levels.add_(where_inside(noise, x, scale, None, low - EDGE, high + EDGE)).mul_(scale)
             # Above one bit the residual of its own, unclamped rounding stands in for what is clipped.
             result = torch.empty_like(x)
             each(_residual, (x, result), (scale,))
-            noise = draw(result, x.shape)
+            noise = draw(result, result)
             each(_add_noise, (x, noise, result), (scale, zero_point), quant_min, quant_max, low - EDGE, high + EDGE)
             return result
 
@@ -230,12 +230,13 @@ class _Noise:
         self._sampler = sampler
         self._drawn: int | Tensor | None = None  # by how much residuals are rolled, or their noise
 
-    def __call__(self, residual: Tensor, shape: torch.Size) -> Tensor:
-        flat = residual.flatten()
-        rolls = self._sampler == "roll" and flat.numel() == shape.numel()
+    def __call__(self, residual: Tensor, like: Tensor) -> Tensor:
+        """Noise of the shape of ``like``; both are tensors without gaps, whose order in memory is kept."""
+        flat = residual.as_strided((residual.numel(),), (1,))
+        rolls = self._sampler == "roll" and flat.numel() == like.numel()
         if self._drawn is None:
-            self._drawn = int(torch.randint(flat.numel(), ())) if rolls else _draw(flat, self._sampler, shape)
-        return flat.roll(self._drawn).view(shape) if rolls else self._drawn
+            self._drawn = int(torch.randint(flat.numel(), ())) if rolls else _draw(flat, self._sampler, like.shape)
+        return flat.roll(self._drawn).as_strided(like.shape, like.stride()) if rolls else self._drawn
 
 
 def _draw(flat: Tensor, sampler: str, shape: torch.Size) -> Tensor:

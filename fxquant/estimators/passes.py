@@ -65,7 +65,9 @@ def each(
     """
     if not tensors[0].numel():
         return
-    if not _compiles:
+    tensors, parameters = _in_order_of_memory(tensors, parameters)
+    # torch 2.13 compiles nothing that writes over a tensor with gaps, or in another order than its dimensions'.
+    if not _compiles or not all(tensor.is_contiguous() for tensor in tensors):
         for some, their in pieces(tensors, parameters):
             function(some, their, *constants)
         return
@@ -74,6 +76,17 @@ def each(
     _compiled(function, len(tensors), *(None if p is None else p.ndim for p in parameters))(
         tensors, parameters, *constants
     )
+
+
+def _in_order_of_memory(tensors: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> tuple[_Tensors, _Parameters]:
+    """The same, with dimensions permuted so that tensors are contiguous that agree on another order: channels last."""
+    first = tensors[0]
+    if first.is_contiguous() or any(tensor.stride() != first.stride() for tensor in tensors):
+        return tuple(tensors), tuple(parameters)
+    order = sorted(range(first.ndim), key=lambda axis: -first.stride(axis))
+    if not _single(parameters) and (order[0] != 0 or not _by_row(first, parameters)):
+        return tuple(tensors), tuple(parameters)
+    return tuple(tensor.permute(order) for tensor in tensors), tuple(parameters)
 
 
 @functools.cache

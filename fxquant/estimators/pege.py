@@ -153,11 +153,12 @@ def _progressive(tensors, parameters, quant_min, quant_max) -> None:
 
 
 def _draw_bytes(like: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Random bytes, of the shape of ``like``, and a threshold that each is below with probability ``share``.
+    """Random bytes, of the shape and order of ``like``, and a threshold that each is below with probability ``share``.
 
     A quarter of what a float of its own costs to draw; the threshold of all, a whole number of 256ths, is itself drawn
     such that the probability is exact.
     """
     words = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=like.device).random_(-(2**63), None)
-    drawn = words.view(torch.uint8)[: like.numel()].view(like.shape)
+    order = torch.empty_like(like, device="meta").stride()
+    drawn = words.view(torch.uint8)[: like.numel()].as_strided(like.shape, order)
     return drawn, torch.tensor(float(math.floor(256 * share + float(torch.rand(())))))

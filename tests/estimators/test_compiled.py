@@ -30,7 +30,7 @@ KINDS = {
 
 def step_of(estimator, x, grad, compiled: bool):
     """Output, and gradients, of a copy, by what is drawn from one seed."""
-    estimator, x = copy.deepcopy(estimator), x.clone().requires_grad_()
+    estimator, x = copy.deepcopy(estimator), x.detach().requires_grad_()
     torch.manual_seed(1)
     with fq.compiled_quantizers(compiled):
         out = estimator(x)
@@ -59,6 +59,41 @@ def test_outputs_are_the_same_bits_and_gradients_equal_to_rounding(name, bits, k
     for parameter, expected in plain[2].items():
         if expected is not None:
             torch.testing.assert_close(compiled[2][parameter], expected, rtol=1e-4, atol=1e-4, msg=parameter)
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+LAYOUTS = {
+    "channels last": (channels_last, channels_last),
+    "input channels last": (channels_last, lambda grad: grad),
+    "gradient channels last": (lambda x: x, channels_last),
+    "transposed": (lambda x: x.transpose(0, 2).contiguous().transpose(0, 2), lambda grad: grad),
+    "every other": (lambda x: x.repeat_interleave(2, -1)[..., ::2], lambda grad: grad),
+    "expanded": (lambda x: x[..., :1].expand_as(x), lambda grad: grad[:1].expand_as(grad)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_any_order_in_memory(name, layout, kind):
+    torch.manual_seed(0)
+    x, grad = (torch.randn(6, 5, 7, 3) for _ in range(2))
+    x, grad = (arrange(t) for arrange, t in zip(LAYOUTS[layout], (x, grad), strict=True))
+    assert not (x.is_contiguous() and grad.is_contiguous())
+    estimator = get_estimator(name)(4, **KINDS[kind]).train()
+    estimator.initialize_from(0.7 * x)
+    if name == "pege":
+        estimator.replaced = 0.6
+    plain, compiled = (step_of(estimator, x, grad, how) for how in (False, True))
+    assert torch.equal(plain[0], compiled[0])
+    torch.testing.assert_close(compiled[1], plain[1], rtol=1e-6, atol=1e-9)
+    if name not in ("pege", "nipq"):  # which draw in the order of memory
+        contiguous = step_of(estimator, x.contiguous(), grad.contiguous(), compiled=False)
+        assert torch.equal(plain[0], contiguous[0])
+        torch.testing.assert_close(plain[1], contiguous[1], rtol=1e-6, atol=1e-9)
 
 
 def test_a_sum_over_millions_is_not_lost_in_rounding():
