@@ -18,7 +18,7 @@ _FLOAT32_EXACT = 2**24
 
 
 class Quantize(nn.Module):
-    """float32 -> uint8: ``clamp(round(x * (1/s)) + z, qmin, qmax)`` with one scale for the tensor.
+    """Floats -> uint8: ``clamp(round(x * (1/s)) + z, qmin, qmax)`` with one scale for the tensor, in float32.
 
     Infinity saturates. NaN has no code: which one it gets is undefined, as it is for ONNX's QuantizeLinear and torch's
     kernels.
@@ -39,6 +39,7 @@ class Quantize(nn.Module):
         return int(self.bounds[1])
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(torch.float32)  # in half precision or double, it would round to another code than in training
         q = grid.quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
         return q.to(torch.uint8)
 

@@ -280,6 +280,17 @@ def test_an_image_gets_the_same_result_alone_and_in_a_batch(model):
             assert torch.equal(frozen(x[index : index + 1]), whole[index : index + 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_images_of_another_type_become_the_same_integers(dtype):
+    x = images(64)
+    frozen = trained(TinyResidual(), [fq.Rule("*", 4, 4)], x[:8])
+    fq.freeze(frozen)
+    reference = fq.convert(frozen)
+    with torch.no_grad():
+        assert torch.equal(reference(x.to(dtype)), frozen(x.to(dtype)))
+        assert torch.equal(reference(x.to(dtype)), reference(x.to(dtype).float()))
+
+
 # ---- who is changed --------------------------------------------------------------------------------------
 
 

@@ -158,7 +158,10 @@ class OnnxModel:
             raise FxQuantError(f"onnxruntime does not take {path}: {str(error).splitlines()[0]}") from error
 
     def __call__(self, images: Tensor) -> Tensor:
-        (logits,) = self.session.run(["logits"], {"images": images.cpu().numpy()})
+        try:
+            (logits,) = self.session.run(["logits"], {"images": _array(images)})
+        except Exception as error:
+            raise _not_run("onnxruntime", images, self.session.get_inputs()[0].shape, error) from error
         return torch.from_numpy(logits)
 
 
@@ -188,7 +191,24 @@ class OpenVinoModel:
             raise FxQuantError(f"OpenVINO does not take {path}: {' '.join(str(error).split())[:300]}") from error
 
     def __call__(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.compiled([images.cpu().numpy()])["logits"])
+        array = _array(images)
+        try:
+            if not len(array):  # of no images it gives what it gave the time before
+                return torch.from_numpy(self.compiled([np.zeros((1, *array.shape[1:]), array.dtype)])["logits"][:0])
+            return torch.from_numpy(self.compiled([array])["logits"])
+        except RuntimeError as error:
+            raise _not_run("OpenVINO", images, self.compiled.input(0).partial_shape, error) from error
+
+
+def _array(images: Tensor) -> np.ndarray:
+    return images.detach().to("cpu", torch.float32).numpy()
+
+
+def _not_run(runtime: str, images: Tensor, shape, error: Exception) -> FxQuantError:
+    reason = " ".join(str(error).split())[:300]
+    return FxQuantError(
+        f"{runtime} was given images of shape {list(images.shape)}, for a model of {shape}, and failed: {reason}"
+    )
 
 
 RUNTIMES = {"onnxruntime": OnnxModel, "openvino": OpenVinoModel}
