@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fxquant as fq
-from fxquant.errors import SpecError
+from fxquant.errors import FxQuantError, SpecError
 from fxquant.integer import IntegerConv2d, Rescale
 from fxquant.lower import inductor, kernels, operators
 from tests.models import TinyResidual, settle
@@ -55,6 +55,44 @@ def test_the_compiled_program_agrees_on_batches_of_any_size(narrow):
     torch.testing.assert_close(model(wide), reference(wide), rtol=1e-5, atol=1e-5)
     with pytest.raises(SpecError, match=r"\[N, 3, 16, 16\]"):
         model(torch.randn(2, 3, 8, 8))
+
+
+class Gray(nn.Sequential):
+    """Images of one channel; a convolution of padding around a single pixel. Input [N, 1, 6, 6]."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(6), nn.Conv2d(4, 3, 2, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(12, 5),
+        )  # fmt: skip
+
+
+@needs_compiler
+def test_layouts_that_inductor_mistakes_stay_on_the_reference():
+    """It took contiguous for what is channels last, and stopped at the second size of a batch."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 1, 6, 6)
+    reference = reference_of(Gray().eval(), x)
+    model = fq.lower(reference, "inductor", calibration=[x])
+    layers = [entry for entry in operators(model) if entry.layer]
+    assert [entry.kernel.split(".")[0] for entry in layers] == ["reference", "reference", "onednn"]
+    assert "mistakes the layout" in layers[0].reason
+    for count in (8, 5, 1, 9):
+        images = torch.randn(count, 1, 6, 6)
+        torch.testing.assert_close(model(images), reference(images), rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_what_the_compiler_stumbles_over_is_an_error_by_name(narrow, monkeypatch):
+    reference, x = narrow
+    model = fq.lower(reference, "inductor", calibration=[x])
+
+    def stumble(_):
+        raise AssertionError("expected stride 1==28\nat dim=1")
+
+    monkeypatch.setattr(model, "_run", stumble)
+    with pytest.raises(FxQuantError, match=r"Inductor of torch .* cannot compile this model: expected stride 1==28 at"):
+        model(x)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -20,7 +20,7 @@ from torch._inductor import config
 
 from .. import _torch_ao
 from ..compiler import own_warnings_silenced, require_compiler
-from ..errors import SpecError
+from ..errors import FxQuantError, SpecError
 from ..graph import called_module
 from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
 from . import kernels, native
@@ -44,7 +44,8 @@ class InductorModel:
 
     def __init__(self, reference: fx.GraphModule, batch: Tensor):
         checked = native.lower(reference, _KERNELS_FROM, batch)
-        self.meta = {"fxquant_lowered": [_compiled(entry) for entry in checked.meta["fxquant_lowered"]]}
+        mistaken = _mistaken_layouts(reference, batch[:1])
+        self.meta = {"fxquant_lowered": [_compiled(entry, mistaken) for entry in checked.meta["fxquant_lowered"]]}
         sound = {e.layer for e in self.meta["fxquant_lowered"] if e.layer and e.kernel != "reference"}
         graph, self.patterns = decompose(reference, sound)
         example = batch if len(batch) > 1 else batch.repeat(2, 1, 1, 1)  # one image would be taken for a constant
@@ -71,8 +72,12 @@ class InductorModel:
 
     def _compile(self, images: Tensor, key: tuple) -> Tensor:
         before = Counter(counters["inductor"])
-        with config.patch(freezing=True), own_warnings_silenced():
-            out = self._run(images)
+        try:
+            with config.patch(freezing=True), own_warnings_silenced():
+                out = self._run(images)
+        except Exception as error:  # whatever a compiler makes of an operator that it does not know
+            reason = " ".join(str(error).split())[:300]
+            raise FxQuantError(f"Inductor of torch {torch.__version__} cannot compile this model: {reason}") from error
         if not self._known:
             self._say_what_was_not_found(before, len(images) == 1)
         self._known.add(key)
@@ -202,13 +207,37 @@ class _Decomposition:
         return self.graph.call_function(operator, args)
 
 
-def _compiled(entry: native.LoweredLayer) -> native.LoweredLayer:
+def _mistaken_layouts(reference: fx.GraphModule, image: Tensor) -> set[str]:
+    """Names of the Rescale nodes of convolutions whose output Inductor of torch 2.13 takes for contiguous.
+
+    It does, when N may vary, where the input is contiguous and channels last at once (of one channel, or one pixel); the kernel gives
+    channels last.
+    """
+    with torch.no_grad():
+        recorder = native.Recorder(reference)
+        recorder.run(image)
+    modules, found = dict(reference.named_modules()), set()
+    for node in reference.graph.nodes:
+        if not isinstance(called_module(node, modules), Rescale):
+            continue
+        layer = node.args[0]
+        if isinstance(called_module(layer, modules), IntegerConv2d):
+            shapes = (recorder.values[n.name].shape for n in (layer.args[0], layer))
+            entry_is_both, result_is_both = (shape[1] == 1 or shape[2:].numel() == 1 for shape in shapes)
+            if entry_is_both and not result_is_both:
+                found.add(node.name)
+    return found
+
+
+def _compiled(entry: native.LoweredLayer, mistaken: set[str]) -> native.LoweredLayer:
     """What becomes of an operator here that has been lowered to onednn.
 
     A layer stays on the reference where onednn computes it wrongly, not where it only lacks a form that is fused.
     """
     if not entry.layer:
         return replace(entry, kernel="generated", reason="")
+    if entry.layer in mistaken:
+        return replace(entry, kernel="reference", reason="Inductor mistakes the layout of what it gives")
     wrong = not entry.kernel.startswith("onednn") or " of " in entry.kernel or "off by" in entry.reason
     kernel = "reference" if wrong else entry.kernel.removesuffix(" (sums)")
     return replace(entry, kernel=kernel, reason=entry.reason if wrong else "")
