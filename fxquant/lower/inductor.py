@@ -210,8 +210,8 @@ class _Decomposition:
 def _mistaken_layouts(reference: fx.GraphModule, image: Tensor) -> set[str]:
     """Names of the Rescale nodes of convolutions whose output Inductor of torch 2.13 takes for contiguous.
 
-    It does, when N may vary, where the input is contiguous and channels last at once (of one channel, or one pixel); the kernel gives
-    channels last.
+    It does, when N may vary, where the input is contiguous and channels last at once (of one channel, or one pixel);
+    the kernel gives channels last.
     """
     with torch.no_grad():
         recorder = native.Recorder(reference)
