@@ -75,21 +75,22 @@ def put_between_(out: Tensor, values: Tensor, x: Tensor, low: float, high: float
 
 
 def scale_elementwise_(grad: Tensor, distance: Tensor, cell: Tensor, delta: float) -> None:
-    """``g·(1 + δ·sign(g)·distance/cell)``, in place; ``distance`` is ``x - out`` and may be written over.
+    """``g·(1 + δ·sign(g)·distance/cell)``, in place; ``distance`` is ``x - out``.
 
     EWGS (CVPR 2021, arXiv 2104.00903, equation 6).
     """
     if is_at_hand(cell):
         grad.addcmul_(grad.abs(), distance, value=delta / float(cell))
     else:
-        grad.addcmul_(grad.abs(), distance.mul_(1.0 / cell), value=delta)
+        grad.addcmul_(grad.abs(), distance * (1.0 / cell), value=delta)
 
 
-def straight_through_gradients(ctx, grad: Tensor, pull: Tensor | None = None):
+def straight_through_gradients(ctx, grad: Tensor, pull: Tensor | None = None, on_grid: bool = True):
     """Gradients of :class:`StraightThroughFunction` to ``x``, ``s`` and ``z``, from what forward keeps in ``ctx``.
 
     Args:
         pull: a scalar; to x is added ``pull·(nearest - x)/s²``, nearest being what x is on the grid.
+        on_grid: whether the output is that.
     """
     x, scale, zero_point = ctx.saved_tensors
     quant_min, quant_max, delta, gradient_scale = ctx.options
@@ -97,15 +98,15 @@ def straight_through_gradients(ctx, grad: Tensor, pull: Tensor | None = None):
     to_scale = sums_like(scale) if ctx.needs_input_grad[1] else None
     to_zero = sums_like(zero_point) if ctx.needs_input_grad[2] else None
     parameters = scale, zero_point, to_scale, to_zero, pull
-    each(_straight_through, (x, grad, grad_x), parameters, quant_min, quant_max, delta)
+    each(_straight_through, (x, grad, grad_x), parameters, quant_min, quant_max, delta, on_grid)
     grad_scale = None if to_scale is None else (to_scale / scale * gradient_scale).to(scale.dtype)
     return grad_x, grad_scale, None if to_zero is None else (to_zero * scale).to(scale.dtype)
 
 
-def _straight_through(tensors, parameters, quant_min, quant_max, delta) -> None:
+def _straight_through(tensors, parameters, quant_min, quant_max, delta, on_grid) -> None:
     (x, grad, out), (s, z, to_scale, to_zero, pull) = tensors, parameters
-    distance = x - out if delta else None
-    towards = None if pull is None else _nearest(x, s, z, quant_min, quant_max).sub_(x)
+    distance = x - out if delta or (pull is not None and on_grid) else None
+    from_nearest = None if pull is None else distance if on_grid else x - _nearest(x, s, z, quant_min, quant_max)
     # To s: of (out - x)/s inside and the level out/s outside, the sum of g·out first, as out is written over.
     whole = None if to_scale is None else dot(grad, out) if is_at_hand(s) else grad * out
     put_inside_(out, grad, x, s, z, quant_min - HALF, quant_max + HALF)
@@ -115,8 +116,12 @@ def _straight_through(tensors, parameters, quant_min, quant_max, delta) -> None:
         add_sum_(to_zero, out - grad)
     if delta:
         scale_elementwise_(out, distance, s, delta)
-    if pull is not None:
-        out.add_(towards.mul_(pull / s.square()))
+    if pull is None:
+        return
+    if is_at_hand(s):
+        out.add_(from_nearest, alpha=-float(pull) / float(s) ** 2)
+    else:
+        out.addcmul_(from_nearest, pull / s.square(), value=-1)
 
 
 def _nearest(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: float, high: float) -> Tensor:

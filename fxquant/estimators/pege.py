@@ -127,6 +127,7 @@ class ProgressiveFunction(torch.autograd.Function):
         ctx.output = attach(out, compute)
         ctx.save_for_backward(x, scale, zero_point)
         ctx.set_materialize_grads(False)
+        ctx.on_grid = drawn is None
         ctx.options = quant_min, quant_max, delta, gradient_scale
         return out, error
 
@@ -134,8 +135,9 @@ class ProgressiveFunction(torch.autograd.Function):
     def backward(ctx, grad, grad_error):
         pull = None if grad_error is None else grad_error * (-2.0 / ctx.saved_tensors[0].numel())
         if grad is None:
-            return straight_through_gradients(ctx, torch.zeros_like(ctx.saved_tensors[0]), pull)[0], *[None] * 8
-        return *straight_through_gradients(ctx, grad, pull), *[None] * 6
+            nothing = torch.zeros_like(ctx.saved_tensors[0])
+            return straight_through_gradients(ctx, nothing, pull, ctx.on_grid)[0], *[None] * 8
+        return *straight_through_gradients(ctx, grad, pull, ctx.on_grid), *[None] * 6
 
 
 def _progressive(tensors, parameters, quant_min, quant_max) -> None:
