@@ -39,6 +39,33 @@ class Cut(Silent):
                 raise KeyboardInterrupt
 
 
+class Steps(Silent):
+    """Keeps what each step showed, by stage."""
+
+    def __init__(self):
+        self.shown: dict[str, list[dict[str, float]]] = {}
+
+    def start(self, stage, steps, done=0):
+        self.now = self.shown.setdefault(stage, [])
+
+    def step(self, values):
+        self.now.append(values)
+
+
+def test_history_holds_the_mean_over_each_epoch(tmp_path):
+    progress = Steps()
+    result = run(load_recipe(RECIPES / "digits_w2a2_gdnsq.toml", SHORT), tmp_path / "run", progress=progress).result
+    steps, history = progress.shown["quantized"], result["history"]
+    each = len(steps) // len(history)
+    assert each > 1
+    for number, entry in enumerate(history):
+        shown = steps[number * each : (number + 1) * each]
+        assert entry.pop("epoch") == number + 1
+        assert entry.keys() == {name for values in shown for name in values}
+        for name, mean in entry.items():
+            assert mean == pytest.approx(sum(values.get(name, 0) for values in shown) / each)
+
+
 @pytest.mark.parametrize("name", ["digits_mixed4_nipq", "digits_w2a2_gdnsq", "digits_w4a4_pege"])
 def test_resume_ends_with_the_same_integers(name, tmp_path):
     recipe = load_recipe(RECIPES / f"{name}.toml", SHORT)

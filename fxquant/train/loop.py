@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,7 +38,7 @@ class Stateful(Protocol):
 
 
 class History:
-    """What was shown at the last step of each epoch."""
+    """What was shown at the steps of each epoch, in the mean; and what was found after it."""
 
     def __init__(self):
         self.epochs: list[dict[str, float]] = []
@@ -149,6 +150,7 @@ class Loop:
             stage.loader.epoch = epoch
             wrapped.train()
             guard.begin_epoch(stage.model)
+            sums: Counter[str] = Counter()
             for images, labels in stage.loader:
                 place = (stage.name, epoch + 1, scheduler.last_epoch + 1)
                 with guard.watch(place, stage.model, images):
@@ -156,10 +158,12 @@ class Loop:
                     scheduler.step()
                     stage.after_step()
                 self.progress.step(shown)
+                sums.update(shown)
             guard.end_epoch(place, stage.model, images)
             with whole_batch():
-                shown |= stage.keeper.after_epoch(epoch + 1)
-            stage.history.epochs.append({"epoch": epoch + 1, **shown})
+                found = stage.keeper.after_epoch(epoch + 1)
+            means = {name: total / len(stage.loader) for name, total in sums.items()}
+            stage.history.epochs.append({"epoch": epoch + 1, **means, **found})
             stage.after_epoch(epoch + 1)
             saved = {name: part.state_dict() for name, part in parts.items()}
             saved |= {"stage": stage.name, "epochs_done": epoch + 1, "random": self.processes.random_state()}
