@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
+import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from .errors import CheckpointError, OutputFolderError
 from .files import is_partial, remove_partial, write_bytes
@@ -26,7 +30,34 @@ CHECKPOINT, PACKED_MODEL, FLOAT_MODEL, ONNX_MODEL, RESULT, RECIPE, RULES = (
     "rules.toml",
 )
 
+_PATIENCE = 10  # seconds
 _CHECKPOINT_FORMAT = "fxquant-checkpoint-1"
+
+
+@contextlib.contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Keep other processes of this user on this machine from running in ``folder``, which need not exist.
+
+    The system lets go of it when the process ends, however it does.
+
+    Raises:
+        OutputFolderError: where another does; it gets a few seconds to end, as workers of a killed process need.
+    """
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:20]
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    lock = FileLock(Path(tempfile.gettempdir()) / f"fxquant-{user}-{name}.lock")
+    try:
+        lock.acquire(timeout=_PATIENCE)
+    except Timeout:
+        raise OutputFolderError(
+            f"another process runs in {folder}; wait until it has ended, or name another --output"
+        ) from None
+    except OSError as error:
+        raise OutputFolderError(f"{lock.lock_file} cannot be written ({error.strerror}); set TMPDIR") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def claim_output(folder: Path, resume: bool) -> None:

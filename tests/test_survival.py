@@ -140,6 +140,35 @@ def test_what_killed_processes_left_is_no_content_of_a_folder_and_goes(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.partial"]
 
 
+def test_a_second_process_is_kept_out_of_a_folder_until_the_first_has_ended(tmp_path, monkeypatch):
+    """It would have removed the files that the first was writing, and written its own over them."""
+    code = f"""
+import pathlib, sys
+from fxquant import checkpoint
+with checkpoint.occupied(pathlib.Path({str(tmp_path)!r})):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+    first = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline() == b"in\n"
+        half = tmp_path / ".checkpoint.pt.123.partial"
+        half.write_bytes(b"half")
+        monkeypatch.setattr(checkpoint, "_PATIENCE", 0)
+        for folder in (tmp_path, tmp_path / "x" / ".."):
+            with pytest.raises(OutputFolderError, match="another process runs in"):
+                run(load_recipe(RECIPE), folder, resume=True)
+        assert [p.name for p in tmp_path.iterdir()] == [half.name]
+        with checkpoint.occupied(tmp_path / "other"):
+            pass
+    finally:
+        first.kill()
+        first.wait()
+    for _ in range(2):
+        with checkpoint.occupied(tmp_path):
+            pass
+
+
 # ---- a run -----------------------------------------------------------------------------------------------
 
 RECIPE = RECIPES / "digits_w4a4_nipq.toml"

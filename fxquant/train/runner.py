@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -67,7 +68,8 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, progress: Progres
     resumed ends with the same weights and integers, bit for bit, on a CPU.
 
     In several processes (:mod:`fxquant.train.processes`) all call this; the first writes the files and tells
-    ``progress``, and the others return ``None`` after the last epoch, while it converts and verifies.
+    ``progress``, and the others return ``None`` after the last epoch, while it converts and verifies. A run that is
+    begun in the same folder meanwhile is refused.
 
     Raises:
         FxQuantError: for anything a user can mend. Parity is in the outcome's report, for the caller to judge.
@@ -75,8 +77,8 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, progress: Progres
     processes = Processes()
     progress = progress if progress is not None and processes.is_first else Silent()
     guard = Guard(recipe.divergence)
-    with processes.warnings_of_first():
-        state = processes.from_first(lambda: _claim(recipe, output, resume))
+    with processes.warnings_of_first(), contextlib.ExitStack() as until_the_end:
+        state = processes.from_first(lambda: _claim(recipe, output, resume, until_the_end))
         if resume and state is None:
             progress.note(f"{output} holds no checkpoint yet; starting from the beginning")
         while True:
@@ -92,7 +94,8 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, progress: Progres
             state = processes.from_first(lambda: checkpoint.checkpoint_for(output, recipe))
 
 
-def _claim(recipe: Recipe, output: Path, resume: bool) -> dict[str, Any] | None:
+def _claim(recipe: Recipe, output: Path, resume: bool, until_the_end: contextlib.ExitStack) -> dict[str, Any] | None:
+    until_the_end.enter_context(checkpoint.occupied(output))
     checkpoint.claim_output(output, resume)
     return checkpoint.checkpoint_for(output, recipe) if resume else None
 
