@@ -17,7 +17,7 @@ from .budget import BudgetBound, budget_bounds
 from .capacity import INPUT, WEIGHT
 from .errors import SpecError, UnknownNameError
 from .estimators import check_width
-from .integer_program import Flow, Program, Solution, joined_ties
+from .integer_program import Flow, Program, Side, Solution, joined_ties
 from .layers import QATLayer
 from .mincut import SINK, graph_arcs, minimum_cut
 from .prepare import engine_limits, prepared_info
@@ -128,11 +128,8 @@ def allocate(
         raise SpecError("allocate was given a Budget without a bound; give one, such as Budget(mean_weight_bits=4)")
     options, bounds = _options(model, weight_bits, activation_bits, fixed), budget_bounds(model, budget)
     _require(bounds, options)
-    sides = {f"{name}.{kind}": (name, side) for name in options for side, kind in enumerate((WEIGHT, INPUT))}
-    groups = [[_side(sides, tensor) for tensor in group] for group in tied]
-    groups += _readers_of_one_tensor(model) if tie_readers else []
-    free = {name for name, pairs in options.items() if len(pairs) > 1}
-    ties = [group for group in joined_ties(groups) if any(name in free for name, _ in group)]
+    sides, free = _sides(options), _free(options)
+    ties = _ties(model, options, tied, tie_readers)
     if isinstance(sensitivity, str):
         data = info.calibration if batches is None else batches
         if data is None:
@@ -175,9 +172,14 @@ def require_allocatable(
     weight_bits: tuple[int, int] = (2, 8),
     activation_bits: tuple[int, int] = (2, 8),
     fixed: str | None = "first|last",
+    tied: Iterable[Iterable[str]] = (),
+    tie_readers: bool = True,
+    seconds: float = 10.0,
 ) -> None:
     """Raises where :func:`allocate` would, whatever the sensitivities: before anything is measured or trained."""
-    _require(budget_bounds(model, budget), _options(model, weight_bits, activation_bits, fixed))
+    bounds, options = budget_bounds(model, budget), _options(model, weight_bits, activation_bits, fixed)
+    _require(bounds, options)
+    Program(options, bounds, _ties(model, options, tied, tie_readers), seconds).minimise(lambda name, pair: 0.0)
 
 
 def _require(bounds: list[BudgetBound], options: dict[str, list[tuple[int, int]]]) -> None:
@@ -220,16 +222,38 @@ def _runs(layer: QATLayer, backend: str, weight_bits: int, activation_bits: int)
     return weight_bits <= limits["weight_bits"] and activation_bits <= limits["activation_bits"]
 
 
-def _side(sides: dict[str, tuple[str, int]], tensor: str) -> tuple[str, int]:
+def _sides(options: dict[str, list[tuple[int, int]]]) -> dict[str, Side]:
+    """Each tensor as its layer's name and place in a pair of widths."""
+    return {f"{name}.{kind}": (name, side) for name in options for side, kind in enumerate((WEIGHT, INPUT))}
+
+
+def _free(options: dict[str, list[tuple[int, int]]]) -> set[str]:
+    return {name for name, pairs in options.items() if len(pairs) > 1}
+
+
+def _ties(
+    model: fx.GraphModule,
+    options: dict[str, list[tuple[int, int]]],
+    tied: Iterable[Iterable[str]],
+    tie_readers: bool,
+) -> list[list[Side]]:
+    """Groups of equal width, but for those in which nothing can be chosen."""
+    sides, free = _sides(options), _free(options)
+    groups = [[_side(sides, tensor) for tensor in group] for group in tied]
+    groups += _readers_of_one_tensor(model) if tie_readers else []
+    return [group for group in joined_ties(groups) if any(name in free for name, _ in group)]
+
+
+def _side(sides: dict[str, Side], tensor: str) -> Side:
     if tensor not in sides:
         raise UnknownNameError("tensor to tie", tensor, sides)
     return sides[tensor]
 
 
-def _readers_of_one_tensor(model: fx.GraphModule) -> list[list[tuple[str, int]]]:
+def _readers_of_one_tensor(model: fx.GraphModule) -> list[list[Side]]:
     """Groups of layers' inputs that are one tensor."""
     layers = cost.qat_layers(model)
-    readers: dict[fx.Node, list[tuple[str, int]]] = {}
+    readers: dict[fx.Node, list[Side]] = {}
     for node in model.graph.nodes:
         if node.op == "call_module" and node.target in layers:
             readers.setdefault(node.args[0], []).append((node.target, 1))
@@ -246,7 +270,7 @@ def _rising(row: Mapping[int, float]) -> dict[int, float]:
 
 
 def _largest_cut(
-    program: Program, model: fx.GraphModule, found: Sensitivity, sides: dict[str, tuple[str, int]]
+    program: Program, model: fx.GraphModule, found: Sensitivity, sides: dict[str, Side]
 ) -> tuple[Solution, float]:
     arcs = graph_arcs(model, (*found.tensors, *found.edges))
     chosen = {tensor: (sides[tensor], row) for tensor, row in found.tensors.items()}

@@ -410,6 +410,22 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("tied", "message"),
+    [
+        ("[['layer1.0.conv1.weight', 'layer9.weight']]", r"tensor to tie 'layer9\.weight'"),
+        ("[['conv1.0.weight', 'layer1.0.conv1.weight']]", "the ties at once"),
+    ],
+)
+def test_ties_that_cannot_be_kept_are_refused_before_anything_is_written(tied, message, tmp_path):
+    recipe = load_recipe(
+        RECIPES / "digits_mixed4_fisher.toml", [f"allocation.tied={tied}", "allocation.weight_bits=[2, 4]"]
+    )
+    with pytest.raises(FxQuantError, match=message):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_recipe_on_images_says_what_is_missing(tmp_path):
     recipe = load_recipe(RECIPES / "resnet18_imagenet_w8a8_lsq.toml", ["model.pretrained=false"])
     with pytest.raises(FxQuantError, match=r"data\.dir is not set"):

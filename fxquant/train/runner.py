@@ -210,8 +210,8 @@ class _Run:
         if section is None:
             require_reachable(model, budget)
         else:
-            asked = section.model_dump(include={"weight_bits", "activation_bits", "fixed"})
-            require_allocatable(model, budget, **asked)
+            asked = ("weight_bits", "activation_bits", "fixed", "tied", "tie_readers", "seconds")
+            require_allocatable(model, budget, **section.model_dump(include=set(asked)))
 
     # ---- stages ------------------------------------------------------------------------------------------
 
