@@ -79,13 +79,14 @@ def test_recipes_of_resnet20(estimator, weights, activations):
     assert {rule.estimator for rule in rules} == {estimator}
 
 
-def test_rows_of_resnet20_differ_in_width_and_estimator_alone():
+@pytest.mark.parametrize("width", ["w8a8", "w4a4", "w3a3", "w2a2", "w1a8", "w1a1"])
+def test_rows_of_resnet20_differ_in_estimator_alone(width):
     """But for what GDNSQ and NIPQ need; and the float row trains as long, from the same weights, on the same images."""
     whole = load_recipe(RECIPES / "resnet20_cifar10_float.toml")
-    first = load_recipe(RECIPES / "resnet20_cifar10_w4a4_lsq.toml")
+    first = load_recipe(RECIPES / f"resnet20_cifar10_{width}_lsq.toml")
     assert (whole.model, whole.data, whole.float_training.epochs) == (first.model, first.data, first.train.epochs)
     allowed = {"gdnsq": {"distillation", "finetune"}, "nipq": {"finetune"}}
-    for path in RECIPES.glob("resnet20_cifar10_w*.toml"):
+    for path in RECIPES.glob(f"resnet20_cifar10_{width}_*.toml"):
         recipe = load_recipe(path)
         assert (recipe.model, recipe.data, recipe.float_training) == (first.model, first.data, first.float_training)
         ours, theirs = recipe.train.model_dump(), first.train.model_dump()
