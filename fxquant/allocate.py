@@ -192,6 +192,8 @@ def _options(
 ) -> dict[str, list[tuple[int, int]]]:
     """The pairs of widths that each layer can take."""
     info, layers = prepared_info(model), cost.qat_layers(model)
+    if not layers:
+        raise SpecError("widths were to be allocated, but every layer stays float by its rule; give a rule bits")
     kept = resolve_rules([Rule(fixed, None, None)], list(info.rules)) if fixed else {}
     out = {}
     for name, layer in layers.items():

@@ -36,24 +36,28 @@ _CHECKPOINT_FORMAT = "fxquant-checkpoint-1"
 
 @contextlib.contextmanager
 def occupied(folder: Path) -> Iterator[None]:
-    """Keep other processes of this user on this machine from running in ``folder``, which need not exist.
+    """Keep other runs out of ``folder``, which need not exist: those of this user that share a temporary folder.
 
     The system lets go of it when the process ends, however it does.
 
     Raises:
-        OutputFolderError: where another does; it gets a few seconds to end, as workers of a killed process need.
+        OutputFolderError: where another is there; it gets a few seconds to end, as workers of a killed process need.
     """
-    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:20]
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    lock = FileLock(Path(tempfile.gettempdir()) / f"fxquant-{user}-{name}.lock")
     try:
+        name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:20]
+        user = os.getuid() if hasattr(os, "getuid") else "user"
+        lock = FileLock(Path(tempfile.gettempdir()) / f"fxquant-{user}-{name}.lock")
         lock.acquire(timeout=_PATIENCE)
     except Timeout:
         raise OutputFolderError(
-            f"another process runs in {folder}; wait until it has ended, or name another --output"
+            f"another run is in progress in {folder} (it holds {lock.lock_file}); wait until it has ended, or name "
+            "another --output"
         ) from None
-    except OSError as error:
-        raise OutputFolderError(f"{lock.lock_file} cannot be written ({error.strerror}); set TMPDIR") from None
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that is none, no temporary folder
+        raise OutputFolderError(
+            f"{folder} cannot be used for output, or no temporary file written to hold it: {error}. Name another "
+            "--output, or set TMPDIR"
+        ) from None
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import fxquant as fq
 from fxquant import Budget, Rule, cost
+from fxquant.allocate import require_allocatable
 from fxquant.errors import RuleError, SpecError, UnknownNameError
 from fxquant.recipe import parse_recipe
 from fxquant.sensitivity import Sensitivity
@@ -212,3 +213,7 @@ def test_what_cannot_be_allocated_says_so(model, images):
     bare = fq.prepare(settle(TinyResidual(), images), [Rule("*", 4, 4)], example_inputs=images[:2])
     with pytest.raises(SpecError, match=r"sensitivity 'fisher' is measured on images; give allocate batches"):
         fq.allocate(bare, Budget(mean_weight_bits=4))
+    float_alone = fq.prepare(settle(TinyResidual(), images), [Rule("*", None, None)], calibration=[images])
+    for ask in (fq.allocate, require_allocatable):
+        with pytest.raises(SpecError, match=r"every layer stays float by its rule; give a rule bits"):
+            ask(float_alone, Budget(mean_weight_bits=4))

@@ -66,6 +66,9 @@ def test_what_cifar10_alone_takes_is_refused_elsewhere(name, override):
         load_recipe(RECIPES / f"{name}.toml", [override])
 
 
+WIDTHS = ["w8a8", "w4a4", "w3a3", "w2a2", "w1a8", "w1a1"]
+
+
 @pytest.mark.parametrize("estimator", ["pege", "gdnsq", "nipq", "lsq", "ste", "ewgs"])
 @pytest.mark.parametrize(("weights", "activations"), [(4, 4), (3, 3), (2, 2), (1, 1), (1, 8)])
 def test_recipes_of_resnet20(estimator, weights, activations):
@@ -79,7 +82,16 @@ def test_recipes_of_resnet20(estimator, weights, activations):
     assert {rule.estimator for rule in rules} == {estimator}
 
 
-@pytest.mark.parametrize("width", ["w8a8", "w4a4", "w3a3", "w2a2", "w1a8", "w1a1"])
+def test_widths_of_resnet20_differ_in_learning_rate_alone():
+    rates = {}
+    for width in WIDTHS:
+        train = load_recipe(RECIPES / f"resnet20_cifar10_{width}_lsq.toml").train.model_dump()
+        rates[width] = train.pop("lr")
+        assert train == rates.setdefault("the rest", train)
+    assert rates["w8a8"] == rates["w4a4"] < rates["w3a3"] < rates["w2a2"] == rates["w1a8"] == rates["w1a1"]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 def test_rows_of_resnet20_differ_in_estimator_alone(width):
     """But for what GDNSQ and NIPQ need; and the float row trains as long, from the same weights, on the same images."""
     whole = load_recipe(RECIPES / "resnet20_cifar10_float.toml")

@@ -156,7 +156,7 @@ with checkpoint.occupied(pathlib.Path({str(tmp_path)!r})):
         half.write_bytes(b"half")
         monkeypatch.setattr(checkpoint, "_PATIENCE", 0)
         for folder in (tmp_path, tmp_path / "x" / ".."):
-            with pytest.raises(OutputFolderError, match="another process runs in"):
+            with pytest.raises(OutputFolderError, match=r"another run is in progress in .*\(it holds .*\.lock\)"):
                 run(load_recipe(RECIPE), folder, resume=True)
         assert [p.name for p in tmp_path.iterdir()] == [half.name]
         with checkpoint.occupied(tmp_path / "other"):
@@ -167,6 +167,15 @@ with checkpoint.occupied(pathlib.Path({str(tmp_path)!r})):
     for _ in range(2):
         with checkpoint.occupied(tmp_path):
             pass
+
+
+def test_a_folder_that_is_a_loop_of_links_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with (
+        pytest.raises(OutputFolderError, match=r"loop cannot be used for output"),
+        checkpoint.occupied(tmp_path / "loop"),
+    ):
+        pass
 
 
 # ---- a run -----------------------------------------------------------------------------------------------

@@ -52,6 +52,29 @@ class Steps(Silent):
         self.now.append(values)
 
 
+class Intruder(Silent):
+    """Wants the folder at every step, and breaks off the run in the end."""
+
+    def __init__(self, folder):
+        self.folder, self.refused = folder, 0
+
+    def step(self, values):
+        with pytest.raises(OutputFolderError, match="another run is in progress"), checkpoint.occupied(self.folder):
+            pass
+        self.refused += 1
+        if self.refused == 12:
+            raise KeyboardInterrupt
+
+
+def test_a_run_holds_its_folder_until_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_PATIENCE", 0)
+    intruder = Intruder(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        run(load_recipe(RECIPES / "digits_w4a4_lsq.toml", SHORT), tmp_path / "run", progress=intruder)
+    with checkpoint.occupied(tmp_path / "run"):
+        pass
+
+
 def test_history_holds_the_mean_over_each_epoch(tmp_path):
     progress = Steps()
     result = run(load_recipe(RECIPES / "digits_w2a2_gdnsq.toml", SHORT), tmp_path / "run", progress=progress).result

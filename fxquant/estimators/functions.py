@@ -119,7 +119,7 @@ def _straight_through(tensors, parameters, quant_min, quant_max, delta, on_grid)
     if pull is None:
         return
     if is_at_hand(s):
-        out.add_(from_nearest, alpha=-float(pull) / float(s) ** 2)
+        out.add_(from_nearest, alpha=-float(pull / s.square()))
     else:
         out.addcmul_(from_nearest, pull / s.square(), value=-1)
 

@@ -224,29 +224,37 @@ def _signs(x: Tensor) -> Tensor:
 
 
 class _Noise:
-    """Noise drawn from the distribution of the values of a tensor: the same at every call with the same values."""
+    """Noise drawn from the distribution of the values of a tensor: the same at every call with the same values.
+
+    Tensors are taken in the order in memory that the first one has, whatever order later ones have.
+    """
 
     def __init__(self, sampler: str):
         self._sampler = sampler
         self._drawn: int | Tensor | None = None  # by how much residuals are rolled, or their noise
+        self._order: tuple[int, ...] = ()  # strides
 
     def __call__(self, residual: Tensor, like: Tensor) -> Tensor:
-        """Noise of the shape of ``like``; both are tensors without gaps, whose order in memory is kept."""
+        """Noise of the shape of ``like``; both are tensors without gaps, ``residual`` of that shape or flat."""
+        first = self._drawn is None
+        self._order = like.stride() if first else self._order
+        if residual.ndim == like.ndim and residual.stride() != self._order:
+            residual = like.new_empty_strided(like.shape, self._order).copy_(residual)
         flat = residual.as_strided((residual.numel(),), (1,))
         rolls = self._sampler == "roll" and flat.numel() == like.numel()
-        if self._drawn is None:
-            self._drawn = int(torch.randint(flat.numel(), ())) if rolls else _draw(flat, self._sampler, like.shape)
-        return flat.roll(self._drawn).as_strided(like.shape, like.stride()) if rolls else self._drawn
+        if first:
+            self._drawn = int(torch.randint(flat.numel(), ())) if rolls else _draw(flat, self._sampler, like.numel())
+        noise = flat.roll(self._drawn) if rolls else self._drawn
+        return noise.as_strided(like.shape, self._order)
 
 
-def _draw(flat: Tensor, sampler: str, shape: torch.Size) -> Tensor:
-    """Noise of that shape, each value of the distribution of the values of ``flat``."""
+def _draw(flat: Tensor, sampler: str, count: int) -> Tensor:
+    """So many numbers, each of the distribution of the values of ``flat``."""
     if sampler != "histogram":
-        return flat[torch.randint(flat.numel(), shape, device=flat.device)]
+        return flat[torch.randint(flat.numel(), (count,), device=flat.device)]
     half = max(float(flat.abs().max()), 1e-12)
     bins = 256
     index = ((flat + half) * (bins / (2 * half))).long().clamp_(0, bins - 1)
     counts = torch.bincount(index, minlength=bins).to(torch.float32)
-    drawn = torch.multinomial(counts, shape.numel(), replacement=True)
-    jittered = (drawn + torch.rand(shape.numel(), device=flat.device)) * (2 * half / bins) - half
-    return jittered.view(shape)
+    drawn = torch.multinomial(counts, count, replacement=True)
+    return (drawn + torch.rand(count, device=flat.device)) * (2 * half / bins) - half

@@ -32,7 +32,8 @@ def compiled_quantizers(enabled: bool = True) -> Iterator[None]:
     """Within it, quantizers in training run as kernels that torch.compile makes of them, one or two for each.
 
     Outputs are the same bit for bit; gradients are to rounding, since sums are taken in another order. The first step
-    compiles, up to a minute; torch keeps what it has compiled for other processes of the machine.
+    compiles, up to a minute; torch keeps what it has compiled for other processes of the machine. Tensors with gaps,
+    or whose gradients lie in another order in memory, are computed without.
 
     Args:
         enabled: whether they do; otherwise, nothing is changed.
@@ -79,7 +80,8 @@ def each(
 
 
 def _in_order_of_memory(tensors: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> tuple[_Tensors, _Parameters]:
-    """The same, with dimensions permuted so that tensors are contiguous that agree on another order: channels last."""
+    """The same tensors, permuted to the order of their strides where all share it, so that channels-last ones are
+    contiguous; unchanged where strides differ, or per-channel parameters would not stay on the first axis."""
     first = tensors[0]
     if first.is_contiguous() or any(tensor.stride() != first.stride() for tensor in tensors):
         return tuple(tensors), tuple(parameters)
@@ -123,17 +125,16 @@ def pieces(tensors: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> It
 
 
 def _flat(tensors: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> tuple[_Tensors, _Parameters]:
-    """The whole, in one dimension or two where that can be, so that one kernel serves tensors of any rank."""
+    """Contiguous tensors in one dimension or two where that can be, so that one kernel serves tensors of any rank."""
     first = tensors[0]
-    if all(tensor.is_contiguous() for tensor in tensors):
-        if _single(parameters):
-            flat = (tensor.view(-1) for tensor in tensors)
-            return tuple(flat), tuple(None if p is None else p.reshape(()) for p in parameters)
-        if _by_row(first, parameters):
-            flat = (tensor.view(len(first), -1) for tensor in tensors)
-            return tuple(flat), tuple(
-                None if p is None else p.reshape(()) if p.numel() == 1 else p.view(-1, 1) for p in parameters
-            )
+    if _single(parameters):
+        flat = (tensor.view(-1) for tensor in tensors)
+        return tuple(flat), tuple(None if p is None else p.reshape(()) for p in parameters)
+    if _by_row(first, parameters):
+        flat = (tensor.view(len(first), -1) for tensor in tensors)
+        return tuple(flat), tuple(
+            None if p is None else p.reshape(()) if p.numel() == 1 else p.view(-1, 1) for p in parameters
+        )
     return tuple(tensors), tuple(parameters)
 
 

@@ -43,6 +43,7 @@ class InductorModel:
     """
 
     def __init__(self, reference: fx.GraphModule, batch: Tensor):
+        batch = batch.to(torch.float32)
         checked = native.lower(reference, _KERNELS_FROM, batch)
         mistaken = _mistaken_layouts(reference, batch[:1])
         self.meta = {"fxquant_lowered": [_compiled(entry, mistaken) for entry in checked.meta["fxquant_lowered"]]}
@@ -77,7 +78,10 @@ class InductorModel:
                 out = self._run(images)
         except Exception as error:  # whatever a compiler makes of an operator that it does not know
             reason = " ".join(str(error).split())[:300]
-            raise FxQuantError(f"Inductor of torch {torch.__version__} cannot compile this model: {reason}") from error
+            raise FxQuantError(
+                f"Inductor of torch {torch.__version__} cannot compile or run this model ({reason}); lower it to "
+                "another backend, such as x86"
+            ) from error
         if not self._known:
             self._say_what_was_not_found(before, len(images) == 1)
         self._known.add(key)

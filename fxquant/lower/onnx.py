@@ -158,10 +158,11 @@ class OnnxModel:
             raise FxQuantError(f"onnxruntime does not take {path}: {str(error).splitlines()[0]}") from error
 
     def __call__(self, images: Tensor) -> Tensor:
+        array = _array(images, self.session.get_inputs()[0].shape)
         try:
-            (logits,) = self.session.run(["logits"], {"images": _array(images)})
+            (logits,) = self.session.run(["logits"], {"images": array})
         except Exception as error:
-            raise _not_run("onnxruntime", images, self.session.get_inputs()[0].shape, error) from error
+            raise _not_run("onnxruntime", error) from error
         return torch.from_numpy(logits)
 
 
@@ -191,24 +192,28 @@ class OpenVinoModel:
             raise FxQuantError(f"OpenVINO does not take {path}: {' '.join(str(error).split())[:300]}") from error
 
     def __call__(self, images: Tensor) -> Tensor:
-        array = _array(images)
+        array = _array(images, [-1 if d.is_dynamic else d.get_length() for d in self.compiled.input(0).partial_shape])
         try:
             if not len(array):  # of no images it gives what it gave the time before
                 return torch.from_numpy(self.compiled([np.zeros((1, *array.shape[1:]), array.dtype)])["logits"][:0])
             return torch.from_numpy(self.compiled([array])["logits"])
         except RuntimeError as error:
-            raise _not_run("OpenVINO", images, self.compiled.input(0).partial_shape, error) from error
+            raise _not_run("OpenVINO", error) from error
 
 
-def _array(images: Tensor) -> np.ndarray:
+def _array(images: Tensor, shape: list) -> np.ndarray:
+    """Images as a file with an input of ``shape`` takes them, the first dimension free."""
+    if not images.is_floating_point() or list(images.shape[1:]) != shape[1:]:
+        raise SpecError(
+            f"images of shape {tuple(images.shape)} and type {images.dtype} were given; the file takes floats [N, "
+            f"{', '.join(map(str, shape[1:]))}]. Export again from a model calibrated on images of another size"
+        )
     return images.detach().to("cpu", torch.float32).numpy()
 
 
-def _not_run(runtime: str, images: Tensor, shape, error: Exception) -> FxQuantError:
+def _not_run(runtime: str, error: Exception) -> FxQuantError:
     reason = " ".join(str(error).split())[:300]
-    return FxQuantError(
-        f"{runtime} was given images of shape {list(images.shape)}, for a model of {shape}, and failed: {reason}"
-    )
+    return FxQuantError(f"{runtime} cannot run the model ({reason}); lower it to another backend, such as x86")
 
 
 RUNTIMES = {"onnxruntime": OnnxModel, "openvino": OpenVinoModel}

@@ -61,6 +61,9 @@ def test_outputs_are_the_same_bits_and_gradients_equal_to_rounding(name, bits, k
             torch.testing.assert_close(compiled[2][parameter], expected, rtol=1e-4, atol=1e-4, msg=parameter)
 
 
+COMPILED = passes._compiled
+
+
 def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -78,8 +81,12 @@ LAYOUTS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_any_order_in_memory(name, layout, kind):
+def test_any_order_in_memory(name, layout, kind, monkeypatch):
     torch.manual_seed(0)
+    calls = []
+    monkeypatch.setattr(
+        passes, "_compiled", lambda function, *kinds: calls.append(function) or COMPILED(function, *kinds)
+    )
     x, grad = (torch.randn(6, 5, 7, 3) for _ in range(2))
     x, grad = (arrange(t) for arrange, t in zip(LAYOUTS[layout], (x, grad), strict=True))
     assert not (x.is_contiguous() and grad.is_contiguous())
@@ -90,6 +97,11 @@ def test_any_order_in_memory(name, layout, kind):
     plain, compiled = (step_of(estimator, x, grad, how) for how in (False, True))
     assert torch.equal(plain[0], compiled[0])
     torch.testing.assert_close(compiled[1], plain[1], rtol=1e-6, atol=1e-9)
+    for parameter, expected in plain[2].items():
+        if expected is not None:
+            torch.testing.assert_close(compiled[2][parameter], expected, rtol=1e-4, atol=1e-4, msg=parameter)
+    if layout == "channels last":
+        assert calls
     if name not in ("pege", "nipq"):  # which draw in the order of memory
         contiguous = step_of(estimator, x.contiguous(), grad.contiguous(), compiled=False)
         assert torch.equal(plain[0], contiguous[0])

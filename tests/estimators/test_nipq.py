@@ -154,6 +154,24 @@ def test_distribution_of_the_noise(sampler):
     assert not torch.equal(estimator(x), estimator(x))
 
 
+@pytest.mark.parametrize("bits", [1, 3])
+@pytest.mark.parametrize("sampler", nipq.SAMPLERS)
+def test_noise_is_the_same_in_backward_whatever_keeps_the_input(sampler, bits):
+    """Hooks may bring it back in another order in memory."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn_like(x)
+    gradients = []
+    for pack in (lambda t: t, lambda t: t.contiguous()):
+        torch.manual_seed(1)
+        estimator, _, _ = make(NIPQ, bits, "symmetric", None, sampler=sampler)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = estimator(x.clone().requires_grad_())
+        out.backward(grad)
+        gradients.append(estimator.raw_range.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("sampler", nipq.SAMPLERS)
 def test_noise_of_a_single_value(sampler):
     estimator, _, _ = make(NIPQ, 3, "symmetric", None, sampler=sampler)

@@ -127,6 +127,18 @@ def test_discretization_error_is_the_mean_over_tensors():
     assert float(term.detach()) == pytest.approx((expected[0] + expected[1]) / 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("axis", [None, 0])
+def test_a_step_next_to_zero_gives_infinite_gradients_not_an_exception(axis):
+    """So that what watches over a run sees it diverge."""
+    x = torch.randn(6, 5) * 1e-22
+    estimator = PEGE(4, scheme="symmetric", **({} if axis is None else {"channels": 6, "axis": axis}))
+    estimator.initialize_from(x)
+    x.requires_grad_()
+    estimator(x)
+    PEGE.regularizer([estimator], torch.tensor(1.0)).backward()
+    assert not torch.isfinite(x.grad).all()
+
+
 def test_eval_forward_adds_no_error():
     estimator, step, zero = make(PEGE, 3, "symmetric", None)
     estimator.eval()(rederived.spread(SHAPE, step, zero, 3, "symmetric"))

@@ -135,7 +135,7 @@ def test_onnxruntime_computes_the_reference(tmp_path, case):
         return
     stays_float = any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in reference.modules())
     for x in others(net, images):
-        assert images_that_differ(model, reference, x) <= (len(x) // 2 if stays_float else 1)
+        assert images_that_differ(model, reference, x) <= (len(x) // 2 if stays_float else min(1, len(x) - 1))
 
 
 @pytest.mark.filterwarnings("ignore:Inductor of torch .* put .* layers on integer kernels")
