@@ -129,7 +129,7 @@ def allocate(
     options, bounds = _options(model, weight_bits, activation_bits, fixed), budget_bounds(model, budget)
     _require(bounds, options)
     sides, free = _sides(options), _free(options)
-    ties = _ties(model, options, tied, tie_readers)
+    ties = _ties(model, sides, free, tied, tie_readers)
     if isinstance(sensitivity, str):
         data = info.calibration if batches is None else batches
         if data is None:
@@ -179,7 +179,8 @@ def require_allocatable(
     """Raises where :func:`allocate` would, whatever the sensitivities: before anything is measured or trained."""
     bounds, options = budget_bounds(model, budget), _options(model, weight_bits, activation_bits, fixed)
     _require(bounds, options)
-    Program(options, bounds, _ties(model, options, tied, tie_readers), seconds).minimise(lambda name, pair: 0.0)
+    ties = _ties(model, _sides(options), _free(options), tied, tie_readers)
+    Program(options, bounds, ties, seconds).minimise(lambda name, pair: 0.0)
 
 
 def _require(bounds: list[BudgetBound], options: dict[str, list[tuple[int, int]]]) -> None:
@@ -234,13 +235,9 @@ def _free(options: dict[str, list[tuple[int, int]]]) -> set[str]:
 
 
 def _ties(
-    model: fx.GraphModule,
-    options: dict[str, list[tuple[int, int]]],
-    tied: Iterable[Iterable[str]],
-    tie_readers: bool,
+    model: fx.GraphModule, sides: dict[str, Side], free: set[str], tied: Iterable[Iterable[str]], tie_readers: bool
 ) -> list[list[Side]]:
     """Groups of equal width, but for those in which nothing can be chosen."""
-    sides, free = _sides(options), _free(options)
     groups = [[_side(sides, tensor) for tensor in group] for group in tied]
     groups += _readers_of_one_tensor(model) if tie_readers else []
     return [group for group in joined_ties(groups) if any(name in free for name, _ in group)]

@@ -118,10 +118,11 @@ def _straight_through(tensors, parameters, quant_min, quant_max, delta, on_grid)
         scale_elementwise_(out, distance, s, delta)
     if pull is None:
         return
+    factor = pull / s.square()
     if is_at_hand(s):
-        out.add_(from_nearest, alpha=-float(pull / s.square()))
+        out.add_(from_nearest, alpha=-float(factor))
     else:
-        out.addcmul_(from_nearest, pull / s.square(), value=-1)
+        out.addcmul_(from_nearest, factor, value=-1)
 
 
 def _nearest(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: float, high: float) -> Tensor:

@@ -156,9 +156,10 @@ class OnnxModel:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no common public base
             raise FxQuantError(f"onnxruntime does not take {path}: {str(error).splitlines()[0]}") from error
+        self._shape = self.session.get_inputs()[0].shape[1:]
 
     def __call__(self, images: Tensor) -> Tensor:
-        array = _array(images, self.session.get_inputs()[0].shape)
+        array = _array(images, self._shape)
         try:
             (logits,) = self.session.run(["logits"], {"images": array})
         except Exception as error:
@@ -190,9 +191,10 @@ class OpenVinoModel:
             self.compiled = core.compile_model(core.read_model(str(path)), "CPU", config)
         except RuntimeError as error:
             raise FxQuantError(f"OpenVINO does not take {path}: {' '.join(str(error).split())[:300]}") from error
+        self._shape = [d.get_length() for d in list(self.compiled.input(0).partial_shape)[1:]]
 
     def __call__(self, images: Tensor) -> Tensor:
-        array = _array(images, [-1 if d.is_dynamic else d.get_length() for d in self.compiled.input(0).partial_shape])
+        array = _array(images, self._shape)
         try:
             if not len(array):  # of no images it gives what it gave the time before
                 return torch.from_numpy(self.compiled([np.zeros((1, *array.shape[1:]), array.dtype)])["logits"][:0])
@@ -202,11 +204,11 @@ class OpenVinoModel:
 
 
 def _array(images: Tensor, shape: list) -> np.ndarray:
-    """Images as a file with an input of ``shape`` takes them, the first dimension free."""
-    if not images.is_floating_point() or list(images.shape[1:]) != shape[1:]:
+    """Images as a file takes them whose input is [N, *shape]."""
+    if not images.is_floating_point() or list(images.shape[1:]) != shape:
         raise SpecError(
             f"images of shape {tuple(images.shape)} and type {images.dtype} were given; the file takes floats [N, "
-            f"{', '.join(map(str, shape[1:]))}]. Export again from a model calibrated on images of another size"
+            f"{', '.join(map(str, shape))}]. Export again from a model calibrated on images of another size"
         )
     return images.detach().to("cpu", torch.float32).numpy()
 

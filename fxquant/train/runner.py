@@ -210,8 +210,7 @@ class _Run:
         if section is None:
             require_reachable(model, budget)
         else:
-            asked = ("weight_bits", "activation_bits", "fixed", "tied", "tie_readers", "seconds")
-            require_allocatable(model, budget, **section.model_dump(include=set(asked)))
+            require_allocatable(model, budget, **section.model_dump(exclude={"sensitivity", "batches"}))
 
     # ---- stages ------------------------------------------------------------------------------------------
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 import fxquant as fq
 from fxquant.errors import SpecError
-from fxquant.lower import inductor
+from fxquant.lower.onnx import RUNTIMES
 from tests.models import TinyResidual, settle
+from tests.test_inductor import lacking as no_compiler
 
 from . import cases
 from .test_tensors import LAYOUTS, tensors
 
 ENGINES = torch.backends.quantized.supported_engines
-RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
 BACKENDS = ["packed", "x86", "onednn", "fbgemm", "qnnpack", "inductor", *RUNTIMES]
 
 
@@ -44,16 +44,13 @@ def lowered(tmp_path_factory) -> Callable[[str], tuple]:
             fq.save(reference, path)
             return reference, fq.load(path, model)
         if backend in RUNTIMES:
-            for package in ("onnxscript", RUNTIMES[backend]):
+            for package in ("onnxscript", backend):
                 pytest.importorskip(package, reason="the extra fxquant[onnx] or [openvino] is not installed")
             fq.export_onnx(reference, path)
-            return reference, (fq.OnnxModel if backend == "onnxruntime" else fq.OpenVinoModel)(path, threads=1)
-        if backend == "inductor":
-            try:
-                inductor.require_inductor()
-            except SpecError as error:
-                pytest.skip(str(error))
-        elif backend not in ENGINES:
+            return reference, RUNTIMES[backend](path, threads=1)
+        if backend == "inductor" and no_compiler:
+            pytest.skip(no_compiler)
+        if backend != "inductor" and backend not in ENGINES:
             pytest.skip(f"this torch has no engine {backend}")
         return reference, fq.lower(reference, backend, calibration=[x])
 
