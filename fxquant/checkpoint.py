@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from .errors import CheckpointError, OutputFolderError
+from .errors import CheckpointError, OutputFolderError, in_short
 from .files import is_partial, remove_partial, write_bytes
 from .recipe import Recipe, RecipeError, parse_recipe
 
@@ -123,9 +123,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; nothing can be resumed or lowered from it") from None
     except Exception as error:  # whatever a damaged or foreign file makes the reader stumble over
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(
-            f"{path} is damaged, or no checkpoint at all ({reason}); start the run anew in another folder"
+            f"{path} is damaged, or no checkpoint at all ({in_short(error, 120)}); start the run anew in another folder"
         ) from None
     if not isinstance(content, dict) or content.get("format") != _CHECKPOINT_FORMAT or "recipe" not in content:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__

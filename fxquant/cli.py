@@ -219,6 +219,7 @@ def analyze(
             opened.data.plain(),
             lambda model: train.accuracy_of(model, opened.data.test()),
             backend=opened.recipe.quantization.backend,
+            residual_bits=opened.recipe.quantization.residual_bits,
             draws=draws,
             seed=seed,
             max_batches=batches,

@@ -9,6 +9,7 @@ sensitivity predicts with the divergence that is measured (:mod:`fxquant.sensiti
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 import statistics
@@ -26,7 +27,7 @@ from .freeze import settle
 from .grid import MAX_BITS
 from .prepare import prepare, prepared_info
 from .sensitivity import Candidates, measure_sensitivity
-from .spec import Rule
+from .spec import RESIDUAL_BITS, Rule
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def check_cut(
     accuracy: Callable[[nn.Module], tuple[float, int]],
     *,
     backend: str = "x86",
+    residual_bits: int = RESIDUAL_BITS,
     draws: int = 10,
     seed: int = 0,
     correlate: tuple[str, ...] = ("capacity", "fisher"),
@@ -87,6 +89,7 @@ def check_cut(
         rules: whole widths, some below 8 bits.
         calibration: batches for ranges, BatchNorm and capacities.
         accuracy: of a quantized model, in per cent, and the number of images.
+        backend, residual_bits: as in :func:`fxquant.prepare`.
         draws: sets of other layers; fewer where there are not so many.
         correlate: sensitivities whose rank correlation with the measured one is wanted; none of them for none.
         widths: at which.
@@ -100,7 +103,8 @@ def check_cut(
     ]
     if learned:
         raise SpecError(f"the rule {learned[0]!r} learns its widths; the comparison without training takes whole ones")
-    start = prepare(model, rules, calibration=calibration, backend=backend)
+    prepared = functools.partial(prepare, model, calibration=calibration, backend=backend, residual_bits=residual_bits)
+    start = prepared(rules)
     resolved = {name: rule for name, rule in prepared_info(start).rules.items() if rule is not None}
     settle(start, calibration=calibration)
     cut = cut_of_layers(start, measure_capacity(start, calibration, max_batches))
@@ -121,7 +125,7 @@ def check_cut(
 
     def accuracy_with(names: tuple[str, ...]) -> float:
         wider = [_raised(name, resolved[name]) for name in names]
-        other = prepare(model, [*wider, *rules], calibration=calibration, backend=backend)
+        other = prepared([*wider, *rules])
         settle(other, calibration=calibration)
         found, _ = accuracy(other)
         watch(f"{', '.join(names)} a bit wider: {found:.2f} %")
@@ -131,7 +135,7 @@ def check_cut(
     others = [(names, accuracy_with(names)) for names in _draws(rest, len(chosen), draws, seed)]
     candidates = dict.fromkeys(narrow, (widths, widths))
     # Anew: the BatchNorm of ``start`` fits its quantized layers; with their quantizers off it is no float model.
-    fresh = prepare(model, rules, calibration=calibration, backend=backend)
+    fresh = prepared(rules)
     correlation = _correlations(fresh, calibration, candidates, correlate, max_batches) if correlate else {}
     return CutCheck(chosen, cut.bits, before, after, others, correlation, images)
 

@@ -85,3 +85,9 @@ def did_you_mean(asked: str, known: list[str], most: int = 5) -> str:
     if near:
         return f"did you mean {' or '.join(repr(name) for name in near)}? (known: {listing})"
     return f"known: {listing}"
+
+
+def in_short(error: BaseException, limit: int = 300) -> str:
+    """An error of another library on one line, for a message of ours: its type, then what it says, cut at ``limit``."""
+    said = " ".join(str(error).split())[:limit]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

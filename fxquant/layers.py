@@ -137,7 +137,8 @@ class QATLayer(nn.Module):
             return _activate_(out, self.relu, self.ceiling)
         out = self.bn(out)
         if self._rounds_its_bias():
-            out.add_(grid.channel_view(self.bias_rounding(), out.ndim, self._channel_axis))
+            rounding = self.bias_rounding().to(out.dtype)  # torch adds float32 to bfloat16 five times slower
+            out.add_(grid.channel_view(rounding, out.ndim, self._channel_axis))
         return _activate_(out, self.relu, self.ceiling)
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

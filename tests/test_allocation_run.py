@@ -106,6 +106,21 @@ def test_the_cut_is_compared_with_others(finished):
         check_cut(opened.float_model, [Rule("*", 8, 8)], opened.data.plain(), lambda model: (0.0, 1))
 
 
+def test_the_cut_is_compared_at_the_width_of_residuals(finished):
+    opened = open_source(finished[1])
+
+    def bits(model):
+        return {e.whole_bits for name, e in model.named_modules() if name.endswith("_edge")}
+
+    seen = []
+    check_cut(
+        opened.float_model, [Rule("first|last", 8, 8), Rule("*", 2, 2)], opened.data.plain(),
+        lambda model: (float(len(seen.append(bits(model)) or seen)), 1),
+        residual_bits=5, draws=1, correlate=(), max_batches=1,
+    )  # fmt: skip
+    assert seen == [{5}] * 3
+
+
 def test_what_cannot_be_analysed_says_so(finished, tmp_path):
     with pytest.raises(
         FxQuantError, match=r"trains its float model first \(float.epochs = 20\).*give the run's folder"

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import torch
 
+from ..errors import in_short
 from .artefacts import build
 from .contender import Contender
 from .job import Job
@@ -61,15 +62,11 @@ def answer_all(requests: IO[str], answers: IO[str], respond: Callable[[dict[str,
         try:
             answer = respond(json.loads(line))
         except ImportError as error:
-            answer = {"absent": _reason(error)}
+            answer = {"absent": in_short(error)}
         except Exception as error:  # of any runtime, on any model: the row's reason
-            answer = {"failed": _reason(error)}
+            answer = {"failed": in_short(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _job(request: dict[str, Any]) -> Job:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import FxQuantError
+from ..errors import FxQuantError, in_short
 from ..synthetic import random_images, settled
 from . import ours, plain
 from .row import STAGES, Row, append, begin, read
@@ -38,7 +38,7 @@ def cover_model(name: str, input_size: int, bits: int, way: str = "fxquant") -> 
         for _ in WAYS[way](spending, model, images):
             row.stages += 1
     except Exception as error:
-        row.failed = f"{STAGES[row.stages]}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        row.failed = f"{STAGES[row.stages]}: {in_short(error)}"
     row.seconds = round(time.perf_counter() - started, 1)
     return row
 

@@ -20,7 +20,7 @@ from torch._inductor import config
 
 from .. import _torch_ao
 from ..compiler import own_warnings_silenced, require_compiler
-from ..errors import FxQuantError, SpecError
+from ..errors import FxQuantError, SpecError, in_short
 from ..graph import called_module
 from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
 from . import kernels, native
@@ -77,10 +77,9 @@ class InductorModel:
             with config.patch(freezing=True), own_warnings_silenced():
                 out = self._run(images)
         except Exception as error:  # whatever a compiler makes of an operator that it does not know
-            reason = " ".join(str(error).split())[:300]
             raise FxQuantError(
-                f"Inductor of torch {torch.__version__} cannot compile or run this model ({reason}); lower it to "
-                "another backend, such as x86"
+                f"Inductor of torch {torch.__version__} cannot compile or run this model ({in_short(error)}); lower "
+                "it to another backend, such as x86"
             ) from error
         if not self._known:
             self._say_what_was_not_found(before, len(images) == 1)

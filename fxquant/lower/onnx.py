@@ -34,7 +34,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .. import grid
-from ..errors import FxQuantError, SpecError, UnknownNameError
+from ..errors import FxQuantError, SpecError, UnknownNameError, in_short
 from ..files import write_bytes
 from ..graph import called_module
 from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
@@ -128,7 +128,7 @@ def export_program(model: nn.Module, example: Tensor, path: Path | None = None, 
                 verbose=False,
             )
     except Exception as error:  # whatever an operator that ONNX has no form for makes of the exporter
-        raise FxQuantError(f"torch cannot export {what} to ONNX: {str(error).splitlines()[0]}") from error
+        raise FxQuantError(f"torch cannot export {what} to ONNX: {in_short(error)}") from error
 
 
 class OnnxModel:
@@ -155,7 +155,7 @@ class OnnxModel:
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no common public base
-            raise FxQuantError(f"onnxruntime does not take {path}: {str(error).splitlines()[0]}") from error
+            raise FxQuantError(f"onnxruntime does not take {path}: {in_short(error)}") from error
         self._shape = self.session.get_inputs()[0].shape[1:]
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class OpenVinoModel:
         try:
             self.compiled = core.compile_model(core.read_model(str(path)), "CPU", config)
         except RuntimeError as error:
-            raise FxQuantError(f"OpenVINO does not take {path}: {' '.join(str(error).split())[:300]}") from error
+            raise FxQuantError(f"OpenVINO does not take {path}: {in_short(error)}") from error
         self._shape = [d.get_length() for d in list(self.compiled.input(0).partial_shape)[1:]]
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -214,8 +214,7 @@ def _array(images: Tensor, shape: list) -> np.ndarray:
 
 
 def _not_run(runtime: str, error: Exception) -> FxQuantError:
-    reason = " ".join(str(error).split())[:300]
-    return FxQuantError(f"{runtime} cannot run the model ({reason}); lower it to another backend, such as x86")
+    return FxQuantError(f"{runtime} cannot run the model ({in_short(error)}); lower it to another backend, such as x86")
 
 
 RUNTIMES = {"onnxruntime": OnnxModel, "openvino": OpenVinoModel}

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from ..data import Data, Loader, expanded, open_data
-from ..errors import FxQuantError, UnknownNameError
+from ..errors import FxQuantError, UnknownNameError, in_short
 from ..prepare import prepare
 from ..recipe import Recipe
 from ..spec import Rule
@@ -34,7 +34,7 @@ def build_model(recipe: Recipe) -> nn.Module:
     try:
         model = timm.create_model(section.name, pretrained=pretrained, **section.options)
     except Exception as error:  # whatever the model's own code makes of its arguments
-        reason = _in_short(error)
+        reason = in_short(error)
         if loads and not isinstance(error, (TypeError, ValueError, AssertionError)):
             raise FxQuantError(
                 f"the weights of {section.name} cannot be loaded ({reason}). Pretrained ones come over the "
@@ -56,13 +56,9 @@ def _load_weights(model: nn.Module, name: str, path: Path) -> None:
         timm.load_checkpoint(model, str(path), strict=True, weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file makes the readers stumble over
         raise FxQuantError(
-            f"the weights of {name} cannot be loaded from model.checkpoint = {str(path)!r} ({_in_short(error)}). "
+            f"the weights of {name} cannot be loaded from model.checkpoint = {str(path)!r} ({in_short(error)}). "
             "It takes a state dict of the same model, written by torch.save or safetensors"
         ) from error
-
-
-def _in_short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def make_optimizer(groups: list[dict], name: str) -> torch.optim.Optimizer:
