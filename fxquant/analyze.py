@@ -13,7 +13,6 @@ from torch import fx
 from .capacity import INPUT, WEIGHT, TensorCapacity, measure_capacity
 from .cost import qat_layers
 from .errors import SpecError
-from .grid import MAX_BITS
 from .mincut import Cut, graph_arcs, minimum_cut, successive_cuts
 from .prepare import prepared_info
 
@@ -40,7 +39,7 @@ class Analysis:
     @property
     def bottleneck(self) -> Cut | None:
         """The smallest cut with a tensor below 8 bits, if one is smaller than what reaches it from the image."""
-        narrow = (c for c in self.cuts if any(self.capacities[t].bits < MAX_BITS for t in c.tensors))
+        narrow = (c for c in self.cuts if any(self.capacities[t].narrow for t in c.tensors))
         return next(narrow, None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def cut_of_layers(model: fx.GraphModule, found: dict[str, TensorCapacity]) -> Cu
         f"{name}.{kind}"
         for name in qat_layers(model)
         for kind in (INPUT, WEIGHT)
-        if all(found[t].bits >= MAX_BITS for t in (f"{name}.{INPUT}", f"{name}.{WEIGHT}") if t in found)
+        if not any(found[t].narrow for t in (f"{name}.{INPUT}", f"{name}.{WEIGHT}") if t in found)
     }
     return minimum_cut(graph_arcs(model, found), {n: t.total for n, t in found.items() if n not in wide})
 

@@ -34,6 +34,7 @@ from . import cost
 from .computed import effective_weight
 from .errors import SpecError
 from .estimators import Estimator
+from .grid import MAX_BITS
 from .layers import QATLayer
 from .prepare import _images
 
@@ -72,6 +73,11 @@ class TensorCapacity:
     def total(self) -> float:
         """Capacity in bits per image."""
         return self.bits_per_element * self.elements
+
+    @property
+    def narrow(self) -> bool:
+        """Whether its width is below 8 bits; a learned one counts as the whole one nearest to it."""
+        return self.bits < MAX_BITS - 0.5
 
 
 def gaussian_capacity(signal: Tensor, noise: Tensor, at_most: float) -> Tensor:

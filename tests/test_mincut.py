@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxquant as fq
+from fxquant import Rule
 from fxquant.mincut import SINK, SOURCE, Arc, graph_arcs, minimum_cut, successive_cuts
 from tests.models import TinyMobile, TinyResidual, settle
 
@@ -130,3 +131,17 @@ def test_without_quantized_tensors_nothing_limits():
     cut = minimum_cut(graph_arcs(model, ()), {})
     assert (cut.bits, cut.tensors) == (math.inf, ())
     assert [c.bits for c in successive_cuts(graph_arcs(model, ()), {})] == [math.inf]
+
+
+def test_a_learned_width_a_hair_below_8_bits_is_8_bits():
+    """GDNSQ comes to its target from both sides; the classifier's few outputs would be the cut of low widths."""
+    images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    rules = [Rule("first|last", 8, 8, "gdnsq"), Rule("*", 2, 2, "gdnsq", options={"initial_bits": 8})]
+    model = fq.prepare(settle(TinyResidual(), images), rules, calibration=[images])
+    quantizer = model.get_submodule("head").weight_fake_quant
+    with torch.no_grad():
+        quantizer.log2_scale += quantizer.bit_width() - 7.99
+    found = fq.analyze(model)
+    assert 7.9 < found.capacities["head.weight"].bits < 8
+    assert "head.weight" in found.cuts[0].tensors
+    assert "head.weight" not in found.layer_cut.tensors
