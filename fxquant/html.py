@@ -20,10 +20,9 @@ p { margin: 2px 0 8px; color: var(--soft); }
 .card, section { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
 .card b { display: block; font-size: 1.3rem; }
 .card span { color: var(--soft); font-size: .85rem; }
-.grid2 { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 12px;
-  align-items: start; }
+.columns { columns: 2 460px; column-gap: 12px; }
+.columns section { break-inside: avoid; margin: 0 0 12px; }
 section { margin-top: 12px; min-width: 0; }
-.grid2 section { margin-top: 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 3px 8px; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -51,15 +50,13 @@ def page(data: dict[str, Any]) -> str:
     body = "".join(
         (
             _head(data),
-            '<div class="grid2">',
+            '<div class="columns">',
             _section("Accuracy", f"Per cent of {data['images']:,} held-out images.", _accuracy(data)),
             _section("Cost", "Share of bit operations, layer by layer.", _cost(data)),
-            "</div>",
-            '<div class="grid2" style="margin-top:12px">',
             _section("Bits per layer", "Weights, and the tensor that enters.", _widths(data)),
+            _dynamics(data["dynamics"]),
             _section("Capacity along the network", _cut_words(data["capacity"]), _capacity(data)),
             "</div>",
-            _dynamics(data["dynamics"]),
             _section("Accuracy against bit operations", "Converted models; this run is marked.", _runs(data)),
             _section("Layers", "", _layers(data)),
             _section("Parity", "Each kernel against the converted model, on its check batch.", _parity(data)),
@@ -140,19 +137,14 @@ def _dynamics(entries: list[dict[str, Any]]) -> str:
     }
     mean = [(e["epoch"], sum(e["tensors"][n]["bits"] for n in widths) / len(widths)) for e in entries]
     shown = {name: points for name, points in cuts.items() if points}
-    return (
-        '<div class="grid2" style="margin-top:12px">'
-        + _section(
-            "Capacity while training",
-            "Bits per image, logarithmic: each tensor, and the cuts.",
-            svg.lines(tensors | shown, across="epoch", up="bits per image", bold=tuple(shown), logarithmic=True),
-        )
-        + _section(
-            "Widths while training",
-            "Bits of each layer's weights and input, and their mean.",
-            svg.lines(widths | {"mean": mean}, across="epoch", up="bits", bold=("mean",)),
-        )
-        + "</div>"
+    return _section(
+        "Capacity while training",
+        "Bits per image, logarithmic: each tensor, and the cuts.",
+        svg.lines(tensors | shown, across="epoch", up="bits per image", bold=tuple(shown), logarithmic=True),
+    ) + _section(
+        "Widths while training",
+        "Bits of each layer's weights and input, and their mean.",
+        svg.lines(widths | {"mean": mean}, across="epoch", up="bits", bold=("mean",)),
     )
 
 

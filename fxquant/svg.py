@@ -13,6 +13,7 @@ from html import escape
 
 _WIDTH = 440  # units: about the pixels of a phone, so that text of 12 stays legible there
 _ROW = 18
+_LINE = 13  # of text, from one to the next
 _LETTER = 7.0  # width of one, on the safe side
 _SERIES = 8
 _NOTHING = 1e-12  # below it a value has no length
@@ -92,17 +93,33 @@ def lines(
 
 
 def points(named: Mapping[str, tuple[float, float]], *, across: str, up: str, marked: str | None = None) -> str:
-    """A named dot for each (x, y), ``marked`` in its own colour."""
+    """A named dot for each (x, y), ``marked`` in its own colour and over the others; names do not overlap."""
     frame = _Frame(list(named.values()), across, up, False)
+    dots = {name: (frame.x(x), frame.y(y)) for name, (x, y) in named.items()}
     parts = [frame.axes()]
-    for name, (x, y) in named.items():
+    for name in sorted(dots, key=lambda name: name == marked):
+        x, y = dots[name]
+        title = escape(f"{name}: {_number(named[name][0])}, {_number(named[name][1])}")
         colour = "mark" if name == marked else "c0"
-        at_x, at_y = frame.x(x), frame.y(y)
-        title = escape(f"{name}: {_number(x)}, {_number(y)}")
-        parts.append(f'<circle class="{colour}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="5"><title>{title}</title></circle>')
-        side = "end" if at_x > _WIDTH * 0.6 else "start"
-        parts.append(_text(at_x + (-9 if side == "end" else 9), at_y + 4, name, "t s", side))
+        parts.append(f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{title}</title></circle>')
+    for side, gap in (("start", 9), ("end", -9)):
+        beside = {name: y + 4 for name, (x, y) in dots.items() if (side == "end") == (x > _WIDTH * 0.6)}
+        for name, y in _apart(beside, _LINE, frame.height - frame.bottom).items():
+            parts.append(_text(dots[name][0] + gap, y, name, "t s mark" if name == marked else "t s", side))
     return _svg(_WIDTH, frame.height + 8, "".join(parts))
+
+
+def _apart(heights: Mapping[str, float], gap: float, lowest: float) -> dict[str, float]:
+    """The same heights, downwards, moved so that none is nearer than ``gap`` to the one above it; where that leads
+    below ``lowest``, they move up together, and closer where there are too many."""
+    names, moved = sorted(heights, key=heights.__getitem__), {}
+    gap, above = min(gap, lowest / max(len(names), 1)), -math.inf
+    for name in names:
+        moved[name] = above = max(heights[name], above + gap)
+    below = lowest + gap
+    for name in reversed(names):
+        moved[name] = below = min(moved[name], below - gap)
+    return moved
 
 
 def ring(shares: Mapping[str, float], unit: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import xml.etree.ElementTree as ET
@@ -48,6 +49,16 @@ def test_bars_are_as_long_as_their_values():
     assert float(second.get("width")) == pytest.approx(4 * float(first.get("width")), rel=1e-3)
     assert (first.get("class"), second.get("class")) == ("c0", "mark")
     assert [t.text for t in shapes(text, "title")] == ["a: v 1", "b: v 4 – why"]
+
+
+@pytest.mark.parametrize("runs", [2, 5, 40])
+def test_names_of_points_do_not_overlap(runs):
+    text = svg.points({f"run{i}": (10.0, 84 + i / 100) for i in range(runs)}, across="x", up="y", marked="run0")
+    heights = sorted(float(t.get("y")) for t in shapes(text, "text") if (t.text or "").startswith("run"))
+    assert len(heights) == runs
+    assert min(b - a for a, b in itertools.pairwise(heights)) > (12.9 if runs < 15 else 4.0)
+    assert heights[0] > 0
+    assert [c.get("class") for c in shapes(text, "circle")] == ["c0"] * (runs - 1) + ["mark"]
 
 
 def test_a_ring_has_shares_that_add_up():
