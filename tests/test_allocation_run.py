@@ -7,6 +7,7 @@ import tomllib
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from fxquant import analyze
@@ -113,12 +114,32 @@ def test_the_cut_is_compared_at_the_width_of_residuals(finished):
         return {e.whole_bits for name, e in model.named_modules() if name.endswith("_edge")}
 
     seen = []
-    check_cut(
-        opened.float_model, [Rule("first|last", 8, 8), Rule("*", 2, 2)], opened.data.plain(),
-        lambda model: (float(len(seen.append(bits(model)) or seen)), 1),
-        residual_bits=5, draws=1, correlate=(), max_batches=1,
-    )  # fmt: skip
+
+    def accuracy(model):
+        seen.append(bits(model))
+        return 0.0, 1
+
+    rules, images = [Rule("first|last", 8, 8), Rule("*", 2, 2)], opened.data.plain()
+    few = {"draws": 1, "correlate": (), "max_batches": 1}
+    check_cut(opened.float_model, rules, images, accuracy, residual_bits=5, **few)
     assert seen == [{5}] * 3
+
+
+def test_the_cut_is_compared_with_batch_norm_of_images_as_in_training(finished):
+    opened = open_source(finished[1])
+    means = []
+
+    def accuracy(model):
+        means.append(next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).running_mean.clone())
+        return 0.0, 1
+
+    rules, images = [Rule("first|last", 8, 8), Rule("*", 2, 2)], opened.data.plain()
+    few = {"draws": 1, "correlate": (), "max_batches": 1}
+    check_cut(opened.float_model, rules, images, accuracy, **few)
+    others = torch.rand(16, *opened.data.example.shape[1:])
+    check_cut(opened.float_model, rules, images, accuracy, statistics=lambda: iter([others]), **few)
+    assert len(means) == 6
+    assert all(not torch.allclose(a, b) for a, b in zip(means[:3], means[3:], strict=True))
 
 
 def test_what_cannot_be_analysed_says_so(finished, tmp_path):

@@ -13,7 +13,7 @@ The only package that knows timm's models and optimizers, and accelerate.
 """
 
 from .allocation import allocate_for
-from .build import build_model
+from .build import build_model, statistics_images
 from .evaluate import accuracy_of
 from .load import LoadedRun, load_run
 from .progress import Progress, Silent
@@ -34,4 +34,5 @@ __all__ = [
     "lower_to",
     "open_source",
     "run",
+    "statistics_images",
 ]
