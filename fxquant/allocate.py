@@ -113,7 +113,7 @@ def allocate(
         batches: images to measure on; the calibration data of ``prepare`` when not given.
         weight_bits, activation_bits: lowest and highest candidate. A rule with an interval narrows it, and so does the
             backend where its kernels compute wide operands wrongly.
-        fixed: pattern of layers that keep the widths of their rules, as in a rule; None for no layer.
+        fixed: pattern of layers that keep the widths of their rules, as in a rule; None or empty for no layer.
         tied: groups of tensors (``<layer>.weight``, ``<layer>.input``) that get the same width.
         tie_readers: whether layers that read the same tensor get the same input width: it is then quantized once.
         max_batches: how many batches to measure on.

@@ -234,7 +234,7 @@ class AllocationSection(_Section):
     sensitivity: Annotated[str, _one_of("sensitivity", METHODS)] = "fisher"
     weight_bits: tuple[int, int] = Field((2, 8), description="lowest and highest candidate")
     activation_bits: tuple[int, int] = (2, 8)
-    fixed: str | None = Field("first|last", description="layers that keep the widths of their rule, as a pattern")
+    fixed: str | None = Field("first|last", description="pattern of layers that keep their rule's widths; empty: none")
     tied: list[list[str]] = Field(default_factory=list, description="<layer>.weight and <layer>.input of equal width")
     tie_readers: bool = Field(True, description="whether layers that read one tensor get the same input width")
     batches: int = Field(4, gt=0, description="plain training batches to measure on")
