@@ -12,6 +12,7 @@ import pytest
 from fxquant import checkpoint, cli
 from fxquant.bench import accuracy
 from fxquant.errors import CheckpointError, ParityError, SpecError
+from fxquant.recipe import RecipeError
 
 from .conftest import RECIPES
 
@@ -92,6 +93,18 @@ def test_epochs_are_those_of_the_training_that_a_recipe_is_about(paths):
     plain, quantized = accuracy.recipes_of(paths, 1, SAME, epochs=7)
     assert plain.float_training.epochs == 7
     assert (quantized.float_training.epochs, quantized.train.epochs) == (1, 7)
+
+
+def test_overrides_of_quantized_training_pass_by_a_float_recipe(paths, tmp_path):
+    alone, quantized = accuracy.recipes_of(paths, 1, [*SAME, "train.lr=0.5"])
+    assert not alone.quantizes
+    assert (quantized.train.lr, alone.float_training.lr) == (0.5, 2e-3)
+    with pytest.raises(RecipeError, match=r"'train\.lrr'"):
+        accuracy.recipes_of(paths, 1, [*SAME, "train.lrr=0.5"])
+    unfinished = tmp_path / "unfinished.toml"
+    unfinished.write_text(paths[0].read_text() + '[[rules]]\npattern = "*"\nbits = 4\n')
+    (quantized,) = accuracy.recipes_of([unfinished], 1, [*SAME, "train.epochs=3"])
+    assert quantized.train.epochs == 3
 
 
 def test_what_makes_no_table_is_refused(paths):

@@ -16,7 +16,7 @@ from typing import Any
 from .. import checkpoint
 from ..errors import ParityError, SpecError
 from ..files import write_text
-from ..recipe import Recipe, load_recipe
+from ..recipe import Recipe, RecipeError, load_recipe
 from ..report import mean_deviation
 from ..spec import get_backend
 from ..train import Progress, run
@@ -30,6 +30,7 @@ def recipes_of(
     """The recipe of each run, of each path ``seeds`` ones: seeds 0, 1, ...
 
     Args:
+        overrides: ``section.key=value``; those of ``[train]`` pass by a recipe that trains in float alone.
         epochs: of the quantized training, or of the float one where a recipe has no other.
 
     Raises:
@@ -40,13 +41,22 @@ def recipes_of(
         raise SpecError(f"--seeds {seeds} was asked for; a row is the mean over at least one")
     loaded = []
     for path in paths:
-        section = "train" if load_recipe(path, list(overrides or [])).quantizes else "float"
-        length = [] if epochs is None else [f"{section}.epochs={epochs}"]
-        loaded += [load_recipe(path, [*(overrides or []), *length], seed) for seed in range(seeds)]
+        changed = _applicable(path, list(overrides or []))
+        if epochs is not None:
+            changed.append(f"{'train' if load_recipe(path, changed).quantizes else 'float'}.epochs={epochs}")
+        loaded += [load_recipe(path, changed, seed) for seed in range(seeds)]
     names = [recipe.name for recipe in loaded if recipe.seed == 0]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SpecError(f"the recipe {twice[0]!r} was given more than once; a row has a name of its own")
     return loaded
+
+
+def _applicable(path: Path, overrides: list[str]) -> list[str]:
+    of_both = [override for override in overrides if not override.startswith("train.")]
+    try:
+        return overrides if load_recipe(path, of_both).quantizes else of_both
+    except RecipeError:  # one that is whole with all of them alone, or never
+        return overrides
 
 
 def folder_of(recipe: Recipe, output: Path) -> Path:
