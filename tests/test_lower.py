@@ -405,15 +405,22 @@ def test_a_kernel_wrong_by_more_than_one_code_is_not_used(monkeypatch, backend, 
         assert largest_gap(reference, lowered, backend, torch.randn(16, 3, 16, 16)) <= 1
 
 
-def test_a_kernel_that_torch_refuses_is_listed_with_torchs_words(residual, monkeypatch):
+@pytest.mark.parametrize(
+    ("said", "listed"),
+    [
+        ("this engine has no such convolution\nand a long trace", "this engine has no such convolution"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_a_kernel_that_torch_refuses_is_listed_with_torchs_words(residual, monkeypatch, said, listed):
     def refuse(self, *operands, **options):
-        raise RuntimeError("this engine has no such convolution\nand a long trace")
+        raise RuntimeError(said)
 
     monkeypatch.setattr(kernels.QuantizedLayer, "__init__", refuse)
     monkeypatch.setattr(kernels.OnednnLayer, "__init__", refuse)
     lowered = fq.lower(residual, _other())
     reasons = [e.reason for e in lowered.meta["fxquant_lowered"] if e.kernel == "reference"]
-    assert reasons == ["this engine has no such convolution"] * 4
+    assert reasons == [listed] * 4
     x = torch.randn(4, 3, 16, 16)
     assert largest_gap(residual, lowered, _other(), x) == 0
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..errors import SpecError, in_short
+from ..errors import SpecError
 from ..graph import called_module
 from ..integer import Dequantize, IntegerConv2d, Quantize, Rescale
 from ..prepare import _images, has_vnni, prepared_info
@@ -259,7 +259,8 @@ class _Lowering:
             with torch.no_grad():
                 got = native(*(self.values[i.name].clone() for i in inputs))
         except (RuntimeError, AttributeError) as error:
-            return None, LoweredLayer(node.name, "reference", reason=in_short(error))
+            said = str(error).splitlines() or [type(error).__name__]
+            return None, LoweredLayer(node.name, "reference", reason=said[0])
         # A float result (the classifier) is compared in units of its own sums, which are integers.
         unit = native.unit if want.is_floating_point() else 1.0
         off = ((got.to(torch.float64) - want.to(torch.float64)) / unit).abs()
