@@ -218,7 +218,7 @@ def analyze(
             opened.rules,
             opened.data.plain(),
             lambda model: train.accuracy_of(model, opened.data.test()),
-            statistics=lambda: train.statistics_images(opened.recipe, opened.data),
+            statistics_images=lambda: train.statistics_images(opened.recipe, opened.data),
             backend=opened.recipe.quantization.backend,
             residual_bits=opened.recipe.quantization.residual_bits,
             draws=draws,

@@ -73,7 +73,7 @@ def check_cut(
     calibration: Iterable,
     accuracy: Callable[[nn.Module], tuple[float, int]],
     *,
-    statistics: Callable[[], Iterable] | None = None,
+    statistics_images: Callable[[], Iterable] | None = None,
     backend: str = "x86",
     residual_bits: int = RESIDUAL_BITS,
     draws: int = 10,
@@ -90,8 +90,8 @@ def check_cut(
         rules: whole widths, some below 8 bits.
         calibration: batches for ranges, BatchNorm and capacities.
         accuracy: of a quantized model, in per cent, and the number of images.
-        statistics: gives the batches for BatchNorm, anew for each model, where they are others: images augmented as
-            those that the weights were trained on.
+        statistics_images: gives the batches for BatchNorm, anew for each model, where they are others: images
+            augmented as those that the weights were trained on.
         backend, residual_bits: as in :func:`fxquant.prepare`.
         draws: sets of other layers; fewer where there are not so many.
         correlate: sensitivities whose rank correlation with the measured one is wanted; none of them for none.
@@ -107,10 +107,10 @@ def check_cut(
     if learned:
         raise SpecError(f"the rule {learned[0]!r} learns its widths; the comparison without training takes whole ones")
     prepared = functools.partial(prepare, model, calibration=calibration, backend=backend, residual_bits=residual_bits)
-    statistics = statistics or (lambda: calibration)
+    statistics_images = statistics_images or (lambda: calibration)
     start = prepared(rules)
     resolved = {name: rule for name, rule in prepared_info(start).rules.items() if rule is not None}
-    settle(start, calibration=statistics())
+    settle(start, calibration=statistics_images())
     cut = cut_of_layers(start, measure_capacity(start, calibration, max_batches))
     narrow = [name for name in cost.qat_layers(start) if _below_full(resolved[name])]
     chosen = tuple(name for name in cut.layers if name in narrow)
@@ -130,7 +130,7 @@ def check_cut(
     def accuracy_with(names: tuple[str, ...]) -> float:
         wider = [_raised(name, resolved[name]) for name in names]
         other = prepared([*wider, *rules])
-        settle(other, calibration=statistics())
+        settle(other, calibration=statistics_images())
         found, _ = accuracy(other)
         watch(f"{', '.join(names)} a bit wider: {found:.2f} %")
         return found

@@ -107,39 +107,35 @@ def test_the_cut_is_compared_with_others(finished):
         check_cut(opened.float_model, [Rule("*", 8, 8)], opened.data.plain(), lambda model: (0.0, 1))
 
 
-def test_the_cut_is_compared_at_the_width_of_residuals(finished):
-    opened = open_source(finished[1])
+def seen_in_comparison(folder, look, **options):
+    """What ``look`` sees of each of the three models: as it is, the cut raised, others raised."""
+    opened, seen = open_source(folder), []
 
+    def accuracy(model):
+        seen.append(look(model))
+        return 0.0, 1
+
+    rules, images = [Rule("first|last", 8, 8), Rule("*", 2, 2)], opened.data.plain()
+    check_cut(opened.float_model, rules, images, accuracy, draws=1, correlate=(), max_batches=1, **options)
+    return seen
+
+
+def test_the_cut_is_compared_at_the_width_of_residuals(finished):
     def bits(model):
         return {e.whole_bits for name, e in model.named_modules() if name.endswith("_edge")}
 
-    seen = []
-
-    def accuracy(model):
-        seen.append(bits(model))
-        return 0.0, 1
-
-    rules, images = [Rule("first|last", 8, 8), Rule("*", 2, 2)], opened.data.plain()
-    few = {"draws": 1, "correlate": (), "max_batches": 1}
-    check_cut(opened.float_model, rules, images, accuracy, residual_bits=5, **few)
-    assert seen == [{5}] * 3
+    assert seen_in_comparison(finished[1], bits, residual_bits=5) == [{5}] * 3
 
 
 def test_the_cut_is_compared_with_batch_norm_of_images_as_in_training(finished):
-    opened = open_source(finished[1])
-    means = []
+    def mean(model):
+        return next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).running_mean.clone()
 
-    def accuracy(model):
-        means.append(next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).running_mean.clone())
-        return 0.0, 1
-
-    rules, images = [Rule("first|last", 8, 8), Rule("*", 2, 2)], opened.data.plain()
-    few = {"draws": 1, "correlate": (), "max_batches": 1}
-    check_cut(opened.float_model, rules, images, accuracy, **few)
-    others = torch.rand(16, *opened.data.example.shape[1:])
-    check_cut(opened.float_model, rules, images, accuracy, statistics=lambda: iter([others]), **few)
-    assert len(means) == 6
-    assert all(not torch.allclose(a, b) for a, b in zip(means[:3], means[3:], strict=True))
+    plain = seen_in_comparison(finished[1], mean)
+    images = torch.rand(16, *open_source(finished[1]).data.example.shape[1:])
+    others = seen_in_comparison(finished[1], mean, statistics_images=lambda: iter([images]))
+    assert len(plain) == 3
+    assert all(not torch.allclose(a, b) for a, b in zip(plain, others, strict=True))
 
 
 def test_what_cannot_be_analysed_says_so(finished, tmp_path):
