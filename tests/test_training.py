@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fxquant import checkpoint
+from fxquant.bench.machine import machine
 from fxquant.errors import CheckpointError
 from fxquant.recipe import load_recipe
-from fxquant.train import load_run, run
+from fxquant.train import Silent, load_run, precision, run
 from fxquant.train.average import WeightAverage
 from fxquant.train.keeper import Keeper
 from fxquant.train.loop import learning_rate
@@ -141,10 +142,43 @@ def test_with_every_piece_a_run_that_was_cut_ends_with_the_same_integers(tmp_pat
     "piece", ["train.autocast=bfloat16", "train.average=0.9", "train.dampening=0.1", "train.start_bits=4"]
 )
 def test_each_piece_changes_what_is_trained(piece, tmp_path):
+    if "bfloat16" in piece and not precision.has_bfloat16(torch.device("cpu")):
+        pytest.skip("this CPU would emulate bfloat16, so that a run computes in float32")
     short = [*SHORT, "float.epochs=1", "train.epochs=1", "quantization.lower=[]", "data.image_size=24"]
     plain = run(load_recipe(RECIPES / "digits_w2a2_lsq.toml", short), tmp_path / "plain").reference.state_dict()
     other = run(load_recipe(RECIPES / "digits_w2a2_lsq.toml", [*short, piece]), tmp_path / "other").reference
     assert any(not torch.equal(tensor, plain[name]) for name, tensor in other.state_dict().items())
+
+
+def test_without_bfloat16_a_run_computes_in_float32_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
+    notes = []
+    watching = Silent()
+    watching.note = notes.append
+    short = [*SHORT, "float.epochs=1", "train.epochs=1", "quantization.lower=[]", "data.image_size=24"]
+    plain = run(load_recipe(RECIPES / "digits_w2a2_lsq.toml", short), tmp_path / "plain", progress=watching)
+    assert not notes
+    recipe = load_recipe(RECIPES / "digits_w2a2_lsq.toml", [*short, "train.autocast=bfloat16"])
+    asked = run(recipe, tmp_path / "asked", progress=watching)
+    for name, tensor in plain.reference.state_dict().items():
+        assert torch.equal(tensor, asked.reference.state_dict()[name]), name
+    assert [note.split(",")[0] for note in notes] == ["autocast = 'bfloat16' was asked for"]
+    assert asked.result["computed_in"] == {"float": "float32", "quantized": "float32"}
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_layers_are_computed_in_what_the_device_has(native, monkeypatch):
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: native)
+    cpu = torch.device("cpu")
+    assert precision.computed_in("bfloat16", cpu) == (torch.bfloat16 if native else torch.float32)
+    assert precision.computed_in("float32", cpu) == torch.float32
+
+
+def test_the_processor_tells_whether_it_has_bfloat16():
+    flags = machine()["flags"]
+    if not flags:
+        pytest.skip("only Linux on x86 lists its processor's instructions")
+    assert precision.has_bfloat16(torch.device("cpu")) == (flags["avx512_bf16"] or flags["amx_bf16"])
 
 
 def test_a_run_in_float_alone_leaves_weights_that_another_begins_with(tmp_path):

@@ -4,6 +4,7 @@ The only package that knows timm's models and optimizers, and accelerate.
 
 * ``build`` - a recipe's model, data and optimizer.
 * ``loop`` - epochs of one stage, a checkpoint after each; ``divergence`` says where a loss stopped being a number.
+* ``precision`` - what layers are computed in on this device.
 * ``evaluate`` - predictions and accuracy.
 * ``allocation`` - widths that a recipe has chosen before it trains, and the rules that a checkpoint keeps of them.
 * ``processes`` - those that train together, and what they do together.

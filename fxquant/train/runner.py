@@ -43,6 +43,7 @@ from .evaluate import accuracy, predictions
 from .guard import Diverged, Guard
 from .keeper import Keeper
 from .loop import History, Loop, Stage, learning_rate
+from .precision import computed_in
 from .processes import Processes, seed_everything
 from .progress import Progress, Silent
 from .target import lower_to
@@ -236,7 +237,7 @@ class _Run:
             keeper,
             section.accumulate,
             section.sync_batch_norm,
-            autocast=getattr(torch, section.autocast),
+            autocast=self._computed_in(section),
             after_step=keeper.after_step,
             history=self.float_history,
         )
@@ -309,7 +310,7 @@ class _Run:
             section.sync_batch_norm,
             # Those of a width that becomes whole, and zero-points where a new range proves one-sided.
             section.start_bits is not None or any(e.can_learn_width for e in estimators),
-            getattr(torch, section.autocast),
+            self._computed_in(section),
             after_step,
             record,
             kept,
@@ -323,6 +324,15 @@ class _Run:
         average = WeightAverage(model, section.average) if section.average else None
         validation = self._shared(self.data.validation()) if section.select == "best" else None
         return Keeper(model, average, validation, final)
+
+    def _computed_in(self, section: FloatSection | TrainSection) -> torch.dtype:
+        dtype = computed_in(section.autocast, self.device)
+        if dtype != getattr(torch, section.autocast):
+            self.progress.note(
+                f"autocast = {section.autocast!r} was asked for, which this {self.device.type} has no instructions "
+                "for and would emulate, many times slower: training in float32"
+            )
+        return dtype
 
     def _loop(self) -> Loop:
         return Loop(self.recipe, self.output, self.processes, self.progress, self.started, self.guard)
@@ -380,12 +390,15 @@ class _Run:
     def _header(self) -> dict[str, Any]:
         recipe = self.recipe
         epochs = recipe.train.epochs if recipe.quantizes else 0
+        sections = {"float": recipe.float_training} | ({"quantized": recipe.train} if recipe.quantizes else {})
+        dtypes = {stage: computed_in(section.autocast, self.device) for stage, section in sections.items()}
         return {
             "recipe": recipe.name,
             "recipe_digest": recipe.digest(),
             "model": recipe.model.name,
             "seed": recipe.seed,
             "epochs": {"float": recipe.float_training.epochs, "quantized": epochs},
+            "computed_in": {stage: str(dtype).removeprefix("torch.") for stage, dtype in dtypes.items()},
         }
 
     def _footer(self) -> dict[str, Any]:
