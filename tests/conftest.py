@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,27 @@ settings.load_profile("fxquant")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def with_vnni(monkeypatch):
+    """Widths as on a CPU with VNNI instructions; kernels are those of this one."""
+    monkeypatch.setattr(sys.modules["fxquant.prepare"], "has_vnni", lambda: True)
+
+
+@pytest.fixture(scope="module")
+def with_vnni_throughout():
+    """The same for all tests of a module, and the fixtures that they share."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys.modules["fxquant.prepare"], "has_vnni", lambda: True)
+        yield
+
+
+@pytest.fixture
+def without_vnni(monkeypatch):
+    """Widths, and what is expected of kernels, as on an x86 CPU without VNNI instructions."""
+    for module in ("fxquant.prepare", "fxquant.lower.native"):
+        monkeypatch.setattr(sys.modules[module], "has_vnni", lambda: False)
 
 
 @pytest.fixture(scope="session")

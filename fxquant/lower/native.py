@@ -23,8 +23,9 @@ from torch.nn import functional as F
 
 from ..errors import SpecError
 from ..graph import called_module
-from ..integer import Dequantize, IntegerConv2d, Quantize, Rescale
+from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
 from ..prepare import _images, has_vnni, prepared_info
+from ..spec import get_backend
 from . import kernels
 from .kernels import Kernel
 
@@ -146,7 +147,7 @@ class _Lowering:
             done, failed = self._lower_addition(rescale_node, after, entry_node, onednn)
         if not done:
             exact = isinstance(after, fx.Node) and after.op == "output" and not isinstance(layer, IntegerConv2d)
-            build = (lambda _: kernels.ExactLinear(layer, rescale)) if exact else onednn()
+            build = _exact_linear(*operands) if exact else onednn()
             done, last = self._try(rescale_node, (entry_node,), build, failed)
             if not done:
                 self.report.append(failed or last)
@@ -285,15 +286,47 @@ class _Lowering:
             kernel.overwrite = fresh and read_once and all(order[user] <= order[node] for user in addend.users)
 
 
-def _onednn(*operands, elsewhere: Callable[[], Kernel] | None = None, **options) -> Callable[[str], Kernel | None]:
+def _onednn(
+    layer: IntegerConv2d | IntegerLinear,
+    entry: Quantize,
+    rescale: Rescale,
+    exit_: Quantize | None = None,
+    *,
+    elsewhere: Callable[[], Kernel] | None = None,
+    **options,
+) -> Callable[[str], Kernel | None]:
     """Builds a layer for onednn, whose operators run whatever engine is set, or ``elsewhere`` for another engine."""
 
     def build(engine: str) -> Kernel | None:
-        if engine == "onednn":
-            return kernels.OnednnLayer(*operands, **options)
-        return elsewhere() if elsewhere is not None else None
+        if engine != "onednn" and elsewhere is None:
+            return None
+        _require_exact_sums(engine, layer.weight, entry.quant_max)
+        return kernels.OnednnLayer(layer, entry, rescale, exit_, **options) if engine == "onednn" else elsewhere()
 
     return build
+
+
+def _exact_linear(layer: IntegerLinear, entry: Quantize, rescale: Rescale) -> Callable[[str], Kernel]:
+    """Builds the classifier, by onednn's operator whatever engine is set."""
+
+    def build(engine: str) -> Kernel:
+        _require_exact_sums("onednn", layer.weight, entry.quant_max)
+        return kernels.ExactLinear(layer, rescale)
+
+    return build
+
+
+def _require_exact_sums(engine: str, weight: Tensor, highest_code: int) -> None:
+    """Raises RuntimeError where sums of two products may pass 16 bits, in which this CPU holds them for an engine.
+
+    The images that a kernel is tried on need not show it. A prepare on a CPU without VNNI makes weights narrow enough;
+    a model may come from another.
+    """
+    if has_vnni() or not get_backend(engine).saturates_without_vnni:
+        return
+    farthest = 2 * highest_code * int(weight.to(torch.int32).abs().max())
+    if farthest > torch.iinfo(torch.int16).max:
+        raise RuntimeError(f"sums of two products, up to {farthest}, saturate at 16 bits without VNNI instructions")
 
 
 def only_user(node: fx.Node | None) -> fx.Node | None:
