@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from pathlib import Path
@@ -57,6 +58,7 @@ def main() -> None:
     that was killed from outside status 1."""
     # torch.ao's notices of its own removal are for fxquant, not for its users.
     warnings.filterwarnings("ignore", message=r".*deprecated", module=r"torch\..*")
+    warnings.showwarning = _show_warning
     try:
         app()
     except ParityError as error:
@@ -76,6 +78,21 @@ def main() -> None:
             raise
         err.print("[bold red]error:[/] another process of this run is gone; start it again with --resume", markup=True)
         sys.exit(2)
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """A warning of fxquant's as one line for its users; another library's as Python shows it, with its place."""
+    if Path(__file__).parent not in Path(filename).parents:
+        err.print(warnings.formatwarning(message, category, filename, lineno, line), end="", markup=False)
+    else:
+        _warn_once(str(message))
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Python forgets what it has shown wherever filters change, and a run prepares its model more than once."""
+    err.print("[bold yellow]warning:[/] ", end="")
+    err.print(message, markup=False)
 
 
 def _speaks() -> bool:

@@ -27,6 +27,7 @@ from .trace import DIFFERENCE, OPAQUE, trace
 
 # A squeeze needs the penalty of QATLoss, which plain torch.ao use does not have: only prepare() starts one.
 _GRADUAL = {"gdnsq": {"initial_bits": 10.0}}
+_NAMED = 3  # layers in a warning; how many more there are
 
 
 @dataclass
@@ -127,8 +128,7 @@ def prepare(
     layers = _quantizable_layers(traced)
     if not layers:
         raise SpecError(f"{type(model).__name__} has no Conv2d or Linear layer to quantize")
-    resolved = resolve_rules(list(rules), list(layers))
-    resolved = {name: _within_engine(rule, layers[name], name, backend) for name, rule in resolved.items()}
+    resolved = _within_engine(resolve_rules(list(rules), list(layers)), layers, backend)
     for name, rule in resolved.items():
         if rule is not None and not rule.keeps_float:
             _check_weight(name, effective_weight(layers[name]))
@@ -309,18 +309,24 @@ def engine_limits(layer: nn.Module, backend: str, weight_bits: int) -> tuple[dic
     return widest, reason
 
 
-def _within_engine(rule: Rule | None, layer: nn.Module, name: str, backend: str) -> Rule | None:
-    """The rule, reduced where the kernels of the profile would overflow; with a warning that says so."""
-    if rule is None or rule.keeps_float:
-        return rule
-    widest, reason = engine_limits(layer, backend, _highest(rule.weight_bits))
-    for field_name, bits in widest.items():
-        asked = getattr(rule, field_name)
-        if _highest(asked) > bits:
-            warnings.warn(f"layer {name!r}: {field_name}={asked} becomes {bits} at most: {reason}", stacklevel=3)
-            reduced = bits if isinstance(asked, int) or asked[0] >= bits else (asked[0], bits)
-            rule = dataclasses.replace(rule, **{field_name: reduced})
-    return rule
+def _within_engine(rules: dict[str, Rule | None], layers: dict[str, nn.Module], backend: str) -> dict[str, Rule | None]:
+    """The rules, reduced where the kernels of the profile would overflow; with one warning for each reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    within = dict(rules)
+    for name, rule in rules.items():
+        if rule is None or rule.keeps_float:
+            continue
+        widest, reason = engine_limits(layers[name], backend, _highest(rule.weight_bits))
+        for field_name, bits in widest.items():
+            asked = getattr(rule, field_name)
+            if _highest(asked) > bits:
+                found.setdefault((f"{field_name}={asked} becomes {bits} at most", reason), []).append(name)
+                reduced = bits if isinstance(asked, int) or asked[0] >= bits else (asked[0], bits)
+                within[name] = dataclasses.replace(within[name], **{field_name: reduced})
+    for (change, reason), names in found.items():
+        some = ", ".join(map(repr, names[:_NAMED])) + (f" and {len(names) - _NAMED} more" * (len(names) > _NAMED))
+        warnings.warn(f"layer{'s' * (len(names) > 1)} {some}: {change}: {reason}", stacklevel=3)
+    return within
 
 
 def _highest(bits: Bits) -> int:

@@ -2,12 +2,17 @@
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from pathlib import Path
 
 import pytest
+
+from fxquant import cli
 
 from .conftest import RECIPES, ROOT
 
@@ -43,7 +48,21 @@ def test_run_leaves_its_files_and_prints_the_tables(short_run):
     }
     for words in ("Prepared: which rule each layer got", "layer1.0.conv1", "W bits", "bit-exact", "lowered, x86"):
         assert words in done.stdout
-    assert done.stderr == ""
+    said = done.stderr.splitlines()
+    assert all(re.fullmatch(r"warning: layers? .*: weight_bits=.* without VNNI .*", line) for line in said)
+    assert len(said) <= 2  # of the layers that learn their width, and of the first and last
+
+
+def test_warnings_are_a_line_each_and_those_of_others_say_where(monkeypatch, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", cli._show_warning)
+        warnings.warn_explicit("layer 'a': too wide [8]", UserWarning, str(Path(cli.__file__).parent / "prepare.py"), 7)
+        assert capsys.readouterr().err == "warning: layer 'a': too wide [8]\n"
+        warnings.warn_explicit("layer 'a': too wide [8]", UserWarning, str(Path(cli.__file__).parent / "cli.py"), 7)
+        assert capsys.readouterr().err == ""
+        warnings.warn_explicit("mind the gap", UserWarning, "/elsewhere/library.py", 7)
+        assert "/elsewhere/library.py:7: UserWarning: mind the gap" in capsys.readouterr().err
 
 
 def test_result_json_has_what_was_promised(short_run):
