@@ -38,7 +38,8 @@ class Analysis:
 
     @property
     def bottleneck(self) -> Cut | None:
-        """The smallest cut with a tensor below 8 bits, if one is smaller than what reaches it from the image."""
+        """The smallest cut with a tensor that could be wider (it has less than the 8 bits, or what the backend's
+        kernels compute rightly), if one is smaller than what reaches it from the image."""
         narrow = (c for c in self.cuts if any(self.capacities[t].narrow for t in c.tensors))
         return next(narrow, None)
 
@@ -74,7 +75,7 @@ def analyze(model: fx.GraphModule, batches: Iterable | None = None, *, max_batch
 
 
 def cut_of_layers(model: fx.GraphModule, found: dict[str, TensorCapacity]) -> Cut:
-    """The smallest cut where layers at 8 bits in and out are unlimited; the tensors between layers count."""
+    """The smallest cut where layers at full width in and out are unlimited; the tensors between layers count."""
     wide = {
         f"{name}.{kind}"
         for name in qat_layers(model)

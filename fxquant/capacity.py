@@ -36,7 +36,7 @@ from .errors import SpecError
 from .estimators import Estimator
 from .grid import MAX_BITS
 from .layers import QATLayer
-from .prepare import _images
+from .prepare import _images, engine_limits, prepared_info
 
 FLOAT_BITS = 24
 """Significant bits of float32: the most that an element which is not quantized itself can carry."""
@@ -57,6 +57,7 @@ class TensorCapacity:
         noise: power of its quantization error, mean over channels, in the units of ``signal``.
         rounding, clipping: the two parts of it; of a weight they may correlate, and then do not add up to it.
         bits_per_element: capacity, mean over channels.
+        widest: the most bits that the backend's kernels compute rightly there.
     """
 
     name: str
@@ -68,6 +69,7 @@ class TensorCapacity:
     rounding: float
     clipping: float
     bits_per_element: float
+    widest: int = MAX_BITS
 
     @property
     def total(self) -> float:
@@ -76,8 +78,8 @@ class TensorCapacity:
 
     @property
     def narrow(self) -> bool:
-        """Whether its width is below 8 bits; a learned one counts as the whole one nearest to it."""
-        return self.bits < MAX_BITS - 0.5
+        """Whether it could be wider; a learned width counts as the whole one nearest to it."""
+        return self.bits < self.widest - 0.5
 
 
 def gaussian_capacity(signal: Tensor, noise: Tensor, at_most: float) -> Tensor:
@@ -207,6 +209,7 @@ class _Probe:
 
     def __init__(self, model: fx.GraphModule):
         self.layers = cost.qat_layers(model)
+        self.backend = prepared_info(model).backend
         modules = dict(model.named_modules(remove_duplicate=False))
         self.edges: dict[str, tuple[Estimator, list[str]]] = {}  # by module: its tensors, in the order it sees them
         for node in model.graph.nodes:
@@ -268,10 +271,12 @@ class _Probe:
         return self.found[name][2]
 
     def capacities(self) -> dict[str, TensorCapacity]:
-        out = {}
+        out, widest = {}, {}
+        for name, layer in self.layers.items():
+            limits, _ = engine_limits(layer, self.backend, layer.weight_fake_quant.whole_bits)
+            widest |= {f"{name}.{WEIGHT}": limits["weight_bits"], f"{name}.{INPUT}": limits["activation_bits"]}
         for name, (kind, bits, powers) in self.found.items():
             signal, rounding, clipping, noise = (float(part.mean()) for part in powers.powers())
-            out[name] = TensorCapacity(
-                name, kind, bits, powers.elements, signal, noise, rounding, clipping, powers.bits_per_element()
-            )
+            figures = signal, noise, rounding, clipping, powers.bits_per_element()
+            out[name] = TensorCapacity(name, kind, bits, powers.elements, *figures, widest.get(name, MAX_BITS))
         return out

@@ -25,7 +25,8 @@ from .capacity import measure_capacity
 from .errors import SpecError
 from .freeze import settle
 from .grid import MAX_BITS
-from .prepare import prepare, prepared_info
+from .layers import QATLayer
+from .prepare import engine_limits, prepare, prepared_info
 from .sensitivity import Candidates, measure_sensitivity
 from .spec import RESIDUAL_BITS, Rule
 
@@ -35,7 +36,7 @@ class CutCheck:
     """What :func:`check_cut` found; accuracies in per cent.
 
     Attributes:
-        cut: the layers in the cut that have less than 8 bits.
+        cut: the layers in the cut that could be wider.
         cut_bits: its value, bits per image.
         before, after: accuracy at the rules' widths, and with the cut raised.
         others: (layers, accuracy) of each draw.
@@ -87,7 +88,7 @@ def check_cut(
 
     Args:
         model: float.
-        rules: whole widths, some below 8 bits.
+        rules: whole widths, some below what the backend computes.
         calibration: batches for ranges, BatchNorm and capacities.
         accuracy: of a quantized model, in per cent, and the number of images.
         statistics_images: gives the batches for BatchNorm, anew for each model, where they are others: images
@@ -99,7 +100,7 @@ def check_cut(
         watch: told of each step.
 
     Raises:
-        SpecError: widths that are learned, a cut without a layer below 8 bits, or no other layers to draw from.
+        SpecError: widths that are learned, a cut without a layer that could be wider, or no other layers to draw from.
     """
     learned = [
         rule.pattern for rule in rules if isinstance(rule.weight_bits, tuple) or isinstance(rule.activation_bits, tuple)
@@ -112,11 +113,11 @@ def check_cut(
     resolved = {name: rule for name, rule in prepared_info(start).rules.items() if rule is not None}
     settle(start, calibration=statistics_images())
     cut = cut_of_layers(start, measure_capacity(start, calibration, max_batches))
-    narrow = [name for name in cost.qat_layers(start) if _below_full(resolved[name])]
+    narrow = [name for name, layer in cost.qat_layers(start).items() if _below_full(resolved[name], layer, backend)]
     chosen = tuple(name for name in cut.layers if name in narrow)
     if not chosen:
         raise SpecError(
-            f"the minimum cut, {', '.join(cut.tensors) or 'of nothing'}, holds no layer below {MAX_BITS} bits, so "
+            f"the minimum cut, {', '.join(cut.tensors) or 'of nothing'}, holds no layer below full width, so "
             "that no width can be raised to widen it; check a recipe with lower widths"
         )
     rest = [name for name in narrow if name not in chosen]
@@ -144,8 +145,9 @@ def check_cut(
     return CutCheck(chosen, cut.bits, before, after, others, correlation, images)
 
 
-def _below_full(rule: Rule) -> bool:
-    return not rule.keeps_float and min(rule.weight_bits, rule.activation_bits) < MAX_BITS
+def _below_full(rule: Rule, layer: QATLayer, backend: str) -> bool:
+    widest, _ = engine_limits(layer, backend, rule.weight_bits)
+    return not rule.keeps_float and any(getattr(rule, what) < bits for what, bits in widest.items())
 
 
 def _raised(name: str, rule: Rule) -> Rule:

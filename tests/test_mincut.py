@@ -133,7 +133,7 @@ def test_without_quantized_tensors_nothing_limits():
     assert [c.bits for c in successive_cuts(graph_arcs(model, ()), {})] == [math.inf]
 
 
-def test_a_learned_width_a_hair_below_8_bits_is_8_bits():
+def test_a_learned_width_a_hair_below_8_bits_is_8_bits(with_vnni):
     """GDNSQ comes to its target from both sides; the classifier's few outputs would be the cut of low widths."""
     images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     rules = [Rule("first|last", 8, 8, "gdnsq"), Rule("*", 2, 2, "gdnsq", options={"initial_bits": 8})]
@@ -145,3 +145,16 @@ def test_a_learned_width_a_hair_below_8_bits_is_8_bits():
     assert 7.9 < found.capacities["head.weight"].bits < 8
     assert "head.weight" in found.cuts[0].tensors
     assert "head.weight" not in found.layer_cut.tensors
+
+
+@pytest.mark.filterwarnings("ignore:layers? .*without VNNI")
+def test_a_width_is_full_that_is_as_wide_as_the_kernels_take(without_vnni):
+    images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    rules = [Rule("first|last", 8, 8), Rule("*", 2, 2)]
+    model = fq.prepare(settle(TinyResidual(), images), rules, calibration=[images])
+    found = fq.analyze(model)
+    assert (found.capacities["head.weight"].bits, found.capacities["head.weight"].widest) == (7, 7)
+    assert found.capacities["conv1.weight"].widest == 7
+    assert found.capacities["conv1.input"].widest == 8
+    assert "head.weight" in found.cuts[0].tensors
+    assert not {"head.weight", "head.input"} & set(found.layer_cut.tensors)
