@@ -18,6 +18,8 @@ from fxquant.recipe import parse_recipe
 from fxquant.sensitivity import Sensitivity
 from tests.models import TinyMobile, TinyResidual, settle, smooth_images
 
+pytestmark = pytest.mark.usefixtures("with_vnni_throughout")
+
 LAYERS = ("stem", "conv1", "conv2", "shortcut", "head")
 FREE = ("conv1", "conv2", "shortcut")
 

@@ -308,7 +308,7 @@ def test_no_empty_group():
 
 
 @pytest.mark.parametrize("estimator", ["lsq", "pege", "nipq"])
-def test_widths_come_down_one_bit_at_a_time(images, estimator):
+def test_widths_come_down_one_bit_at_a_time(with_vnni, images, estimator):
     """From start_bits to the rule's own, on a range fitted anew; 8-bit layers and the edges are left alone."""
     rules = [Rule("stem", 8, 8, estimator=estimator), Rule("*", 2, 3, estimator=estimator)]
     model = fxquant.prepare(TinyResidual(), rules, calibration=[images]).train()

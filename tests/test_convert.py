@@ -150,7 +150,7 @@ def test_layer_names_that_differ_in_a_dot_only():
         assert torch.equal(frozen(x), reference(x))
 
 
-def test_sums_beyond_the_integers_of_float32():
+def test_sums_beyond_the_integers_of_float32(with_vnni):
     class Wide(nn.Module):
         def __init__(self):
             super().__init__()

@@ -10,6 +10,8 @@ import fxquant as fq
 from fxquant import cost
 from tests.models import TinyMobile, TinyResidual, settle
 
+pytestmark = pytest.mark.usefixtures("with_vnni_throughout")
+
 # TinyResidual on 16x16 images: 16x16 into the stem, 8x8 after the pool, 4x4 after conv1 and shortcut.
 BY_HAND = {
     #         multiply-accumulates     weights         inputs

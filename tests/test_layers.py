@@ -118,8 +118,11 @@ def test_a_frozen_layer_is_the_one_that_trained(model, bits, per_channel):
                 rounding = layer.bias_rounding().reshape(-1, *[1] * (tensor.ndim - 2))
                 layer_before = F.relu(plain + rounding) if layer.relu else plain + rounding
         _, _, _, sum_scale = layer.integer_parameters()
-        gap = (layer(tensor) - layer_before).abs().max()
-        assert gap <= 1e-5 * layer_before.abs().max(), name
+        # A channel whose scale was moved off ties differs by as much, and its bias may round to the next code.
+        moved = (layer.scale_shift - 1).abs()
+        allowed = (1e-5 + moved) * layer_before.abs().max() + torch.where(moved > 0, sum_scale, 0)
+        gap = (layer(tensor) - layer_before).abs().transpose(0, 1).flatten(1).amax(1)
+        assert (gap <= allowed).all(), name
         if layer.bn is not None:
             assert (layer.bias_rounding().abs() <= sum_scale * 0.5001).all()
             assert layer.bias_rounding().any()

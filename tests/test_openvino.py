@@ -65,6 +65,7 @@ def test_openvino_agrees_where_there_is_no_residual_sum(model, bits, tmp_path):
     assert all(kernel.endswith("_I8") for kernel in layers)
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="OpenVINO fuses attention on AVX512 alone")
 def test_attention_multiplies_integers(tmp_path):
     reference = reference_of(timm.create_model("test_vit", img_size=16, num_classes=10), 8)
     runs = lower_to(reference, "openvino", tmp_path / "model.onnx")

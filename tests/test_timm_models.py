@@ -73,7 +73,7 @@ def edges(model: fx.GraphModule) -> set[str]:
 
 @X86
 @pytest.mark.parametrize("name", MODELS)
-def test_a_timm_model_goes_through_every_stage(name):
+def test_a_timm_model_goes_through_every_stage(name, with_vnni):
     x = torch.randn(4, 3, MODELS[name], MODELS[name])
     model = trained_looking(name, x)
     layers = [n for n, m in trace(model, (x,)).named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -206,12 +206,12 @@ def test_lowered_relu6_is_within_one_code_and_below_the_code_of_6(bits, init):
             prepared.get_submodule(name).input_fake_quant.log2_scale.add_(0.6)
     fq.freeze(prepared)
     reference = fq.convert(prepared)
-    lowered = fq.lower(reference, "x86")
+    lowered = fq.lower(reference, "onednn")  # which x86 is where there are VNNI instructions
     assert not any(entry.kernel == "reference" for entry in lowered.meta["fxquant_lowered"])
     new = 3 * torch.randn(8, 3, 12, 12)
     want = recorded(reference, new)
     checked = 0
-    with native._kernels("x86"), torch.no_grad():
+    with native._kernels("onednn"), torch.no_grad():
         for node in (n for n in lowered.graph.nodes if REFERENCE in n.meta):
             name = node.meta[REFERENCE]
             if want[name].dtype != torch.uint8 or not isinstance(lowered.get_submodule(node.target), OnednnLayer):

@@ -17,6 +17,8 @@ from fxquant.errors import SpecError
 from fxquant.widths import fix_widths, layer_widths
 from tests.models import TinyResidual, settle
 
+pytestmark = pytest.mark.usefixtures("with_vnni_throughout")
+
 LOWEST, HIGHEST = 2, 8
 LAYERS = ("stem", "conv1", "conv2", "shortcut", "head")
 
