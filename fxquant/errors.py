@@ -7,7 +7,7 @@ user can mend; anything else that escapes is a defect of fxquant.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class FxQuantError(Exception):
@@ -85,6 +85,12 @@ def did_you_mean(asked: str, known: list[str], most: int = 5) -> str:
     if near:
         return f"did you mean {' or '.join(repr(name) for name in near)}? (known: {listing})"
     return f"known: {listing}"
+
+
+def named(what: str, names: Sequence[str], shown: int = 3) -> str:
+    """Names in a message: ``layers 'a', 'b', 'c' and 4 more``."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{what}{'s' * (len(names) > 1)} {', '.join(map(repr, names[:shown]))}{more}"
 
 
 def in_short(error: BaseException, limit: int = 300) -> str:

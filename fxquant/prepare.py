@@ -16,7 +16,7 @@ from ._torch_ao import QConfigMapping, deprecations_silenced, prepare_captured
 from .computed import effective_weight
 from .distributed import part_of
 from .edges import place_edges, place_operand_edges, share_grids
-from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecError
+from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecError, named
 from .estimators import Bits, Estimator
 from .graph import called_module
 from .grid import check_bits
@@ -27,7 +27,6 @@ from .trace import DIFFERENCE, OPAQUE, trace
 
 # A squeeze needs the penalty of QATLoss, which plain torch.ao use does not have: only prepare() starts one.
 _GRADUAL = {"gdnsq": {"initial_bits": 10.0}}
-_NAMED = 3  # layers in a warning; how many more there are
 
 
 @dataclass
@@ -324,8 +323,7 @@ def _within_engine(rules: dict[str, Rule | None], layers: dict[str, nn.Module], 
                 reduced = bits if isinstance(asked, int) or asked[0] >= bits else (asked[0], bits)
                 within[name] = dataclasses.replace(within[name], **{field_name: reduced})
     for (change, reason), names in found.items():
-        some = ", ".join(map(repr, names[:_NAMED])) + (f" and {len(names) - _NAMED} more" * (len(names) > _NAMED))
-        warnings.warn(f"layer{'s' * (len(names) > 1)} {some}: {change}: {reason}", stacklevel=3)
+        warnings.warn(f"{named('layer', names)}: {change}: {reason}", stacklevel=3)
     return within
 
 

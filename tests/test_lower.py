@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections import Counter
 
 import pytest
@@ -18,6 +19,7 @@ from fxquant.integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, 
 from fxquant.lower import kernels, native
 from fxquant.lower.native import REFERENCE, Recorder
 from fxquant.prepare import has_vnni
+from fxquant.train import lower_to
 from tests.models import TinyResidual, settle
 
 ENGINES = torch.backends.quantized.supported_engines
@@ -482,6 +484,22 @@ def test_without_vnni_no_kernel_computes_sums_that_may_saturate(backend, with_vn
     assert list(on_reference) == ["stem_rescale"]
     assert re.match(r"sums of two products, up to \d+, saturate at 16 bits", on_reference["stem_rescale"])
     assert largest_gap(reference, lowered, backend, torch.randn(32, 3, 16, 16)) <= 2
+
+
+@pytest.mark.parametrize(("weight_bits", "warned"), [(8, ["layers 'stem', 'conv1', 'conv2' and 2 more"]), (7, [])])
+def test_without_vnni_a_runtime_that_may_saturate_is_warned_of(weight_bits, warned, with_vnni, monkeypatch, tmp_path):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(native, "has_vnni", lambda: False)
+    x = torch.randn(8, 3, 16, 16)
+    prepared = fq.prepare(
+        settle(TinyResidual(), x), [fq.Rule("*", weight_bits, 8)], calibration=[x], backend="onnxruntime"
+    )
+    fq.freeze(prepared)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        lower_to(fq.convert(prepared), "onnxruntime", tmp_path / "model.onnx")
+    said = [str(w.message) for w in caught if "without VNNI" in str(w.message)]
+    assert [message.split(":")[0] for message in said] == warned
 
 
 # ---- what is left alone, what is refused -----------------------------------------------------------------

@@ -300,7 +300,7 @@ def _onednn(
     def build(engine: str) -> Kernel | None:
         if engine != "onednn" and elsewhere is None:
             return None
-        _require_exact_sums(engine, layer.weight, entry.quant_max)
+        _require_exact_sums(engine, layer)
         return kernels.OnednnLayer(layer, entry, rescale, exit_, **options) if engine == "onednn" else elsewhere()
 
     return build
@@ -310,23 +310,27 @@ def _exact_linear(layer: IntegerLinear, entry: Quantize, rescale: Rescale) -> Ca
     """Builds the classifier, by onednn's operator whatever engine is set."""
 
     def build(engine: str) -> Kernel:
-        _require_exact_sums("onednn", layer.weight, entry.quant_max)
+        _require_exact_sums("onednn", layer)
         return kernels.ExactLinear(layer, rescale)
 
     return build
 
 
-def _require_exact_sums(engine: str, weight: Tensor, highest_code: int) -> None:
-    """Raises RuntimeError where sums of two products may pass 16 bits, in which this CPU holds them for an engine.
-
-    The images that a kernel is tried on need not show it. A prepare on a CPU without VNNI makes weights narrow enough;
-    a model may come from another.
-    """
-    if has_vnni() or not get_backend(engine).saturates_without_vnni:
-        return
-    farthest = 2 * highest_code * int(weight.to(torch.int32).abs().max())
-    if farthest > torch.iinfo(torch.int16).max:
+def _require_exact_sums(engine: str, layer: IntegerConv2d | IntegerLinear) -> None:
+    """Raises RuntimeError where sums may saturate on this CPU; images that a kernel is tried on need not show it."""
+    if farthest := saturating_sum(layer, engine):
         raise RuntimeError(f"sums of two products, up to {farthest}, saturate at 16 bits without VNNI instructions")
+
+
+def saturating_sum(layer: IntegerConv2d | IntegerLinear, backend: str) -> int:
+    """The largest sum of two products that a layer may have, where a backend would saturate it on this CPU; else 0.
+
+    A :func:`fxquant.prepare` on a CPU without VNNI makes weights narrow enough; a model may come from another.
+    """
+    if has_vnni() or not get_backend(backend).saturates_without_vnni:
+        return 0
+    farthest = 2 * int(layer.input_bounds.max()) * int(layer.weight.to(torch.int32).abs().max())
+    return farthest if farthest > torch.iinfo(torch.int16).max else 0
 
 
 def only_user(node: fx.Node | None) -> fx.Node | None:

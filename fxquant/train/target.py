@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from torch import fx
 
+from ..errors import named
+from ..integer import IntegerConv2d, IntegerLinear
 from ..lower import lower, onnx
+from ..lower.native import saturating_sum
 from ..spec import get_backend
 
 
@@ -27,5 +31,12 @@ def lower_to(
     """
     if not get_backend(backend).reads_onnx:
         return lower(reference, backend)
+    layers = ((name, m) for name, m in reference.named_modules() if isinstance(m, (IntegerConv2d, IntegerLinear)))
+    if wide := [name.removesuffix("_integer") for name, layer in layers if saturating_sum(layer, backend)]:
+        warnings.warn(
+            f"{named('layer', wide)}: sums of two products saturate at 16 bits in {backend} without VNNI instructions, "
+            "so that logits may be wrong on this CPU; prepared on one like it, they would have weights of 7 bits",
+            stacklevel=2,
+        )
     onnx.export_onnx(reference, onnx_file, weight_only_linear=weight_only_linear, two_bit=two_bit)
     return onnx.RUNTIMES[backend](onnx_file, threads)
