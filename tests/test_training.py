@@ -181,6 +181,10 @@ def test_the_processor_tells_whether_it_has_bfloat16():
     assert precision.has_bfloat16(torch.device("cpu")) == (flags["avx512_bf16"] or flags["amx_bf16"])
 
 
+def test_a_device_that_does_not_say_what_it_has_is_given_what_was_asked_for():
+    assert precision.computed_in("bfloat16", torch.device("mps")) == torch.bfloat16
+
+
 def test_a_run_in_float_alone_leaves_weights_that_another_begins_with(tmp_path):
     text = (RECIPES / "base" / "digits.toml").read_text().split("[train]")[0]
     (tmp_path / "digits_float.toml").write_text(text)

@@ -16,7 +16,8 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
-        return torch.get_device_module(device).is_bf16_supported()
+        asked = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+        return asked is None or asked()  # Apple's does not say
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
