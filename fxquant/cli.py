@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -45,7 +46,8 @@ bench_app = typer.Typer(
     cls=_Bench, help="Measure: latency and size (when nothing else is named), a training step, or accuracy."
 )
 app.add_typer(bench_app, name="bench")
-out = Console(soft_wrap=False)
+# A file has no width that a table must be cut to; a terminal, and COLUMNS, tell theirs.
+out = Console(soft_wrap=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 RecipePath = Annotated[Path, typer.Argument(help="recipe file (TOML)", show_default=False)]

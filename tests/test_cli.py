@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
@@ -19,15 +20,21 @@ from .conftest import RECIPES, ROOT
 SHORT = ["--set", "float.epochs=1", "--set", "train.epochs=1", "--set", "quantization.lower=['x86']"]
 
 
-def fxquant(*arguments, cwd=ROOT):
+def fxquant(*arguments, cwd=ROOT, columns="160"):
     command = [sys.executable, "-m", "fxquant", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=_environment(), check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=_environment(columns), check=False)
 
 
-def _environment():
-    import os
+def _environment(columns="160"):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": columns}
+    return {name: value for name, value in environment.items() if value}
 
-    return {**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+
+@pytest.mark.parametrize(("columns", "whole"), [("", True), ("60", False)])
+def test_a_table_in_a_file_is_as_wide_as_it_needs(columns, whole):
+    done = fxquant("ls", RECIPES / "ablation", columns=columns)
+    assert done.returncode == 0, done.stderr
+    assert ("w2a2_lsq_no_distillation.toml" in done.stdout) == whole
 
 
 @pytest.fixture(scope="module")
