@@ -86,6 +86,11 @@ class Rescale(nn.Module):
         return activate(out, self.relu, self.ceiling)
 
 
+def integer_layers(reference: nn.Module) -> dict[str, IntegerConv2d | IntegerLinear]:
+    """The integer layers of a reference graph, by name."""
+    return {name: m for name, m in reference.named_modules() if isinstance(m, _IntegerLayer)}
+
+
 class _IntegerLayer(nn.Module):
     """uint8 -> int32: the sum of ``(q_x - z_x) * q_w`` plus an int32 bias."""
 

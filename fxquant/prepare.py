@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecErr
 from .estimators import Bits, Estimator
 from .graph import called_module
 from .grid import check_bits
+from .hardware import has_vnni
 from .layers import QATLayer
 from .qconfig import QUANTIZABLE, edge_qconfig, get_backend_config, get_qat_qconfig
 from .spec import RESIDUAL_BITS, Rule, get_backend, resolve_rules
@@ -329,13 +329,6 @@ def _within_engine(rules: dict[str, Rule | None], layers: dict[str, nn.Module], 
 
 def _highest(bits: Bits) -> int:
     return bits if isinstance(bits, int) else bits[1]
-
-
-def has_vnni() -> bool:
-    """Whether this CPU multiplies 8-bit integers without intermediate saturation (VNNI); true on other than x86."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    return torch.cpu._is_vnni_supported()
 
 
 def _hold_image_ranges(prepared: fx.GraphModule) -> None:

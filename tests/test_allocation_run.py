@@ -15,7 +15,7 @@ from fxquant.checkpoint import load_checkpoint
 from fxquant.cli import app
 from fxquant.cut_check import check_cut
 from fxquant.errors import CheckpointError, FxQuantError, SpecError
-from fxquant.prepare import has_vnni
+from fxquant.hardware import has_vnni
 from fxquant.recipe import load_recipe
 from fxquant.spec import Rule
 from fxquant.train import accuracy_of, load_run, open_source, run

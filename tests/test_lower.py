@@ -15,10 +15,10 @@ from torch.nn import functional as F
 import fxquant as fq
 from fxquant.data import load_data
 from fxquant.errors import EmptyDataError, SpecError, UnknownNameError
+from fxquant.hardware import has_vnni
 from fxquant.integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
 from fxquant.lower import kernels, native
 from fxquant.lower.native import REFERENCE, Recorder
-from fxquant.prepare import has_vnni
 from fxquant.train import lower_to
 from tests.models import TinyResidual, settle
 

@@ -147,7 +147,6 @@ def test_a_learned_width_a_hair_below_8_bits_is_8_bits(with_vnni):
     assert "head.weight" not in found.layer_cut.tensors
 
 
-@pytest.mark.filterwarnings("ignore:layers? .*without VNNI")
 def test_a_width_is_full_that_is_as_wide_as_the_kernels_take(without_vnni):
     images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     rules = [Rule("first|last", 8, 8), Rule("*", 2, 2)]

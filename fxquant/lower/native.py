@@ -23,8 +23,9 @@ from torch.nn import functional as F
 
 from ..errors import SpecError
 from ..graph import called_module
+from ..hardware import has_vnni
 from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
-from ..prepare import _images, has_vnni, prepared_info
+from ..prepare import _images, prepared_info
 from ..spec import get_backend
 from . import kernels
 from .kernels import Kernel

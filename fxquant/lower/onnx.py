@@ -37,7 +37,7 @@ from .. import grid
 from ..errors import FxQuantError, SpecError, UnknownNameError, in_short
 from ..files import write_bytes
 from ..graph import called_module
-from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale
+from ..integer import Dequantize, IntegerConv2d, IntegerLinear, Quantize, Rescale, integer_layers
 from ..prepare import prepared_info
 
 OPSET, OPSET_INT2 = 21, 25
@@ -82,7 +82,7 @@ def export_onnx(
 
     if two_bit == "int2" and not hasattr(onnx.TensorProto, "INT2"):
         raise FxQuantError(f"two_bit='int2' needs a newer onnx than {onnx.__version__}; upgrade it, or take 'bytes'")
-    if not any(isinstance(m, (IntegerConv2d, IntegerLinear)) for m in reference.modules()):
+    if not integer_layers(reference):
         raise SpecError(
             f"export_onnx was given a {type(reference).__name__} without integer layers; give it what "
             "fxquant.convert returns"

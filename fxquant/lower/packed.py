@@ -31,7 +31,7 @@ from .. import grid
 from ..convert import blank_reference, load_tensors
 from ..errors import CheckpointError, FxQuantError, SpecError
 from ..files import write_bytes
-from ..integer import IntegerConv2d, IntegerLinear
+from ..integer import integer_layers
 from ..prepare import prepared_info
 from ..spec import Rule
 
@@ -52,7 +52,7 @@ def save(reference: fx.GraphModule, path: str | Path, *, notes: Mapping[str, str
         OutputFolderError: where it cannot be written.
     """
     info = prepared_info(reference)
-    layers = {n: m for n, m in reference.named_modules() if isinstance(m, (IntegerConv2d, IntegerLinear))}
+    layers = integer_layers(reference)
     if not layers:
         raise SpecError(
             f"save was given a {type(reference).__name__} without integer layers; give it what fxquant.convert returns"

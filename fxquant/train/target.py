@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import fx
 
 from ..errors import named
-from ..integer import IntegerConv2d, IntegerLinear
+from ..integer import integer_layers
 from ..lower import lower, onnx
 from ..lower.native import saturating_sum
 from ..spec import get_backend
@@ -31,7 +31,7 @@ def lower_to(
     """
     if not get_backend(backend).reads_onnx:
         return lower(reference, backend)
-    layers = ((name, m) for name, m in reference.named_modules() if isinstance(m, (IntegerConv2d, IntegerLinear)))
+    layers = integer_layers(reference).items()
     if wide := [name.removesuffix("_integer") for name, layer in layers if saturating_sum(layer, backend)]:
         warnings.warn(
             f"{named('layer', wide)}: sums of two products saturate at 16 bits in {backend} without VNNI instructions, "
