@@ -20,7 +20,7 @@ from .estimators import check_width
 from .integer_program import Flow, Program, Side, Solution, joined_ties
 from .layers import QATLayer
 from .mincut import SINK, graph_arcs, minimum_cut
-from .prepare import engine_limits, prepared_info
+from .prepare import PreparedInfo, engine_limits, prepared_info
 from .sensitivity import Sensitivity, measure_sensitivity
 from .spec import Budget, Rule, resolve_rules
 
@@ -211,7 +211,7 @@ def _options(
             low, high = check_width(tuple(candidates), what) if candidates[0] != candidates[1] else candidates
             low, high = (max(low, own[0]), min(high, own[1])) if isinstance(own, tuple) else (low, high)
             ranges.append(range(low, high + 1))
-        out[name] = [pair for pair in itertools.product(*ranges) if _runs(layer, info.backend, *pair)]
+        out[name] = [pair for pair in itertools.product(*ranges) if _runs(layer, info, *pair)]
         if not out[name]:
             raise SpecError(
                 f"layer {name!r}: no width is left of weight_bits={weight_bits}, activation_bits={activation_bits}, "
@@ -220,8 +220,8 @@ def _options(
     return out
 
 
-def _runs(layer: QATLayer, backend: str, weight_bits: int, activation_bits: int) -> bool:
-    limits, _ = engine_limits(layer, backend, weight_bits)
+def _runs(layer: QATLayer, info: PreparedInfo, weight_bits: int, activation_bits: int) -> bool:
+    limits, _ = engine_limits(layer, info.backend, weight_bits, vnni=info.vnni)
     return weight_bits <= limits["weight_bits"] and activation_bits <= limits["activation_bits"]
 
 

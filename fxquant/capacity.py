@@ -209,7 +209,7 @@ class _Probe:
 
     def __init__(self, model: fx.GraphModule):
         self.layers = cost.qat_layers(model)
-        self.backend = prepared_info(model).backend
+        self.info = prepared_info(model)
         modules = dict(model.named_modules(remove_duplicate=False))
         self.edges: dict[str, tuple[Estimator, list[str]]] = {}  # by module: its tensors, in the order it sees them
         for node in model.graph.nodes:
@@ -273,7 +273,8 @@ class _Probe:
     def capacities(self) -> dict[str, TensorCapacity]:
         out, widest = {}, {}
         for name, layer in self.layers.items():
-            limits, _ = engine_limits(layer, self.backend, layer.weight_fake_quant.whole_bits)
+            weight_bits = layer.weight_fake_quant.whole_bits
+            limits, _ = engine_limits(layer, self.info.backend, weight_bits, vnni=self.info.vnni)
             widest |= {f"{name}.{WEIGHT}": limits["weight_bits"], f"{name}.{INPUT}": limits["activation_bits"]}
         for name, (kind, bits, powers) in self.found.items():
             signal, rounding, clipping, noise = (float(part.mean()) for part in powers.powers())

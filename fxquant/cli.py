@@ -240,6 +240,7 @@ def analyze(
             statistics_images=lambda: train.statistics_images(opened.recipe, opened.data),
             backend=opened.recipe.quantization.backend,
             residual_bits=opened.recipe.quantization.residual_bits,
+            vnni=opened.recipe.quantization.vnni,
             draws=draws,
             seed=seed,
             max_batches=batches,

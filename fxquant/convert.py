@@ -110,7 +110,8 @@ def blank_reference(
         for parameter in model.parameters():
             if parameter.ndim > 1 and parameter.min() == parameter.max():
                 parameter.normal_()  # prepare refuses a weight without a range
-    prepared = prepare(model, rules, example_inputs=(example,), backend=backend, residual_bits=residual_bits)
+    options = {"backend": backend, "residual_bits": residual_bits, "vnni": True}  # the rules' widths, on any CPU
+    prepared = prepare(model, rules, example_inputs=(example,), **options)
     for module in prepared.modules():
         if isinstance(module, Estimator):
             module.initialized.fill_(1)  # shapes are all that matters

@@ -26,7 +26,7 @@ from .errors import SpecError
 from .freeze import settle
 from .grid import MAX_BITS
 from .layers import QATLayer
-from .prepare import engine_limits, prepare, prepared_info
+from .prepare import PreparedInfo, engine_limits, prepare, prepared_info
 from .sensitivity import Candidates, measure_sensitivity
 from .spec import RESIDUAL_BITS, Rule
 
@@ -77,6 +77,7 @@ def check_cut(
     statistics_images: Callable[[], Iterable] | None = None,
     backend: str = "x86",
     residual_bits: int = RESIDUAL_BITS,
+    vnni: bool | None = None,
     draws: int = 10,
     seed: int = 0,
     correlate: tuple[str, ...] = ("capacity", "fisher"),
@@ -93,7 +94,7 @@ def check_cut(
         accuracy: of a quantized model, in per cent, and the number of images.
         statistics_images: gives the batches for BatchNorm, anew for each model, where they are others: images
             augmented as those that the weights were trained on.
-        backend, residual_bits: as in :func:`fxquant.prepare`.
+        backend, residual_bits, vnni: as in :func:`fxquant.prepare`.
         draws: sets of other layers; fewer where there are not so many.
         correlate: sensitivities whose rank correlation with the measured one is wanted; none of them for none.
         widths: at which.
@@ -107,13 +108,15 @@ def check_cut(
     ]
     if learned:
         raise SpecError(f"the rule {learned[0]!r} learns its widths; the comparison without training takes whole ones")
-    prepared = functools.partial(prepare, model, calibration=calibration, backend=backend, residual_bits=residual_bits)
+    options = {"backend": backend, "residual_bits": residual_bits, "vnni": vnni}
+    prepared = functools.partial(prepare, model, calibration=calibration, **options)
     statistics_images = statistics_images or (lambda: calibration)
     start = prepared(rules)
-    resolved = {name: rule for name, rule in prepared_info(start).rules.items() if rule is not None}
+    info = prepared_info(start)
+    resolved = {name: rule for name, rule in info.rules.items() if rule is not None}
     settle(start, calibration=statistics_images())
     cut = cut_of_layers(start, measure_capacity(start, calibration, max_batches))
-    narrow = [name for name, layer in cost.qat_layers(start).items() if _below_full(resolved[name], layer, backend)]
+    narrow = [name for name, layer in cost.qat_layers(start).items() if _below_full(resolved[name], layer, info)]
     chosen = tuple(name for name in cut.layers if name in narrow)
     if not chosen:
         raise SpecError(
@@ -145,8 +148,8 @@ def check_cut(
     return CutCheck(chosen, cut.bits, before, after, others, correlation, images)
 
 
-def _below_full(rule: Rule, layer: QATLayer, backend: str) -> bool:
-    widest, _ = engine_limits(layer, backend, rule.weight_bits)
+def _below_full(rule: Rule, layer: QATLayer, info: PreparedInfo) -> bool:
+    widest, _ = engine_limits(layer, info.backend, rule.weight_bits, vnni=info.vnni)
     return not rule.keeps_float and any(getattr(rule, what) < bits for what, bits in widest.items())
 
 

@@ -42,6 +42,7 @@ class PreparedInfo:
         costs: sizes of each quantized layer for one image.
         residual_bits: width of the tensors between layers.
         input_shape: [C, H, W] of the image it was traced with.
+        vnni: whether the CPU that the graph is for multiplies 8-bit integers without intermediate saturation.
         calibration: the loader given to prepare(), which freeze() re-estimates BatchNorm from.
     """
 
@@ -53,6 +54,7 @@ class PreparedInfo:
     calibration: Iterable | None = None
     residual_bits: int = RESIDUAL_BITS
     input_shape: tuple[int, ...] = ()
+    vnni: bool = True
 
     def __deepcopy__(self, memo: dict) -> PreparedInfo:
         """A copy of a model shares its loader: data are not part of it."""
@@ -82,6 +84,7 @@ def prepare(
     example_inputs: tuple[Tensor, ...] | None = None,
     backend: str = "x86",
     residual_bits: int = RESIDUAL_BITS,
+    vnni: bool | None = None,
 ) -> fx.GraphModule:
     """Trace ``model``, give every layer the quantizers its rule asks for, and set their ranges.
 
@@ -98,6 +101,8 @@ def prepare(
         backend: integer backend the trained graph is for; its profile (:class:`fxquant.spec.BackendSpec`) decides
             where tensors are rounded, and widths that its kernels would compute wrongly are reduced, with a warning.
         residual_bits: width of the tensors between layers.
+        vnni: whether the CPU that the trained graph is for has VNNI instructions; an x86 CPU without them takes weights
+            of 7 bits. None: as the CPU at hand.
 
     Raises:
         UnknownNameError: unknown backend.
@@ -127,7 +132,8 @@ def prepare(
     layers = _quantizable_layers(traced)
     if not layers:
         raise SpecError(f"{type(model).__name__} has no Conv2d or Linear layer to quantize")
-    resolved = _within_engine(resolve_rules(list(rules), list(layers)), layers, backend)
+    vnni = has_vnni() if vnni is None else vnni
+    resolved = _within_engine(resolve_rules(list(rules), list(layers)), layers, backend, vnni)
     for name, rule in resolved.items():
         if rule is not None and not rule.keeps_float:
             _check_weight(name, effective_weight(layers[name]))
@@ -158,7 +164,7 @@ def prepare(
         if isinstance(module, Estimator):
             module.where, module.output_is_kept = name, True  # what is captured writes over nothing
     info = PreparedInfo(backend, resolved, opaque, traced.meta[DIFFERENCE], calibration=calibration)
-    info.residual_bits, info.input_shape = residual_bits, tuple(example_inputs[0].shape[1:])
+    info.residual_bits, info.input_shape, info.vnni = residual_bits, tuple(example_inputs[0].shape[1:]), vnni
     prepared.meta["fxquant"] = info
     if calibration is not None:
         calibrate(prepared, calibration)
@@ -290,16 +296,17 @@ def _qconfig_of(rule: Rule | None, residual_bits: int):
     )
 
 
-def engine_limits(layer: nn.Module, backend: str, weight_bits: int) -> tuple[dict[str, int], str]:
+def engine_limits(layer: nn.Module, backend: str, weight_bits: int, *, vnni: bool) -> tuple[dict[str, int], str]:
     """Widest weight and activation that a backend's kernels compute rightly for a layer, and why it is not 8 bits.
 
     Args:
         weight_bits: that the weight is to have: some kernels overflow only where both operands are wide.
+        vnni: as in :func:`prepare`.
     """
     profile = get_backend(backend)
     widest = {"weight_bits": 8, "activation_bits": 8}
     reason = ""
-    if profile.saturates_without_vnni and not has_vnni():
+    if profile.saturates_without_vnni and not vnni:
         widest["weight_bits"], reason = 7, "without VNNI instructions sums of two products saturate at 16 bits"
     depthwise = getattr(layer, "groups", 1) > 1 and layer.groups == layer.in_channels
     if depthwise and weight_bits == widest["weight_bits"] == 8 > profile.depthwise_bits:
@@ -308,14 +315,16 @@ def engine_limits(layer: nn.Module, backend: str, weight_bits: int) -> tuple[dic
     return widest, reason
 
 
-def _within_engine(rules: dict[str, Rule | None], layers: dict[str, nn.Module], backend: str) -> dict[str, Rule | None]:
+def _within_engine(
+    rules: dict[str, Rule | None], layers: dict[str, nn.Module], backend: str, vnni: bool
+) -> dict[str, Rule | None]:
     """The rules, reduced where the kernels of the profile would overflow; with one warning for each reason."""
     found: dict[tuple[str, str], list[str]] = {}
     within = dict(rules)
     for name, rule in rules.items():
         if rule is None or rule.keeps_float:
             continue
-        widest, reason = engine_limits(layers[name], backend, _highest(rule.weight_bits))
+        widest, reason = engine_limits(layers[name], backend, _highest(rule.weight_bits), vnni=vnni)
         for field_name, bits in widest.items():
             asked = getattr(rule, field_name)
             if _highest(asked) > bits:

@@ -16,6 +16,7 @@ from .data import CIFAR10, DATASETS, check_name
 from .errors import FxQuantError, SpecError, UnknownNameError, did_you_mean
 from .estimators import check_width
 from .grid import check_bits
+from .hardware import has_vnni
 from .loss import DISTILLATIONS
 from .pixels import SIZE
 from .sensitivity import METHODS
@@ -201,6 +202,10 @@ class QuantizationSection(_Section):
     options: dict[str, Any] = Field(default_factory=dict, description="the estimator's own options")
     backend: str = "x86"
     residual_bits: int = Field(8, ge=1, le=8)
+    vnni: bool = Field(
+        default_factory=lambda: has_vnni(),  # looked up when called: tests stand in for another CPU
+        description="whether the CPU it is for has VNNI (x86 without: 7-bit weights); that of the one at hand",
+    )
     lower: list[str] = Field(default_factory=lambda: ["x86", "onednn"], description="backends to lower to")
 
     @field_validator("backend")

@@ -15,7 +15,6 @@ from fxquant.checkpoint import load_checkpoint
 from fxquant.cli import app
 from fxquant.cut_check import check_cut
 from fxquant.errors import CheckpointError, FxQuantError, SpecError
-from fxquant.hardware import has_vnni
 from fxquant.recipe import load_recipe
 from fxquant.spec import Rule
 from fxquant.train import accuracy_of, load_run, open_source, run
@@ -24,7 +23,7 @@ from .conftest import RECIPES
 from .test_train import Cut
 
 RECIPE = RECIPES / "digits_mixed4_fisher.toml"
-SHORT = ["float.epochs=2", "train.epochs=2", "quantization.lower=[]", "data.batch_size=256"]
+SHORT = ["float.epochs=2", "train.epochs=2", "quantization.lower=[]", "quantization.vnni=true", "data.batch_size=256"]
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +42,7 @@ def test_the_widths_that_were_chosen_are_trained_and_shipped(finished):
         row["layer"]: row["weight_bits"] for row in outcome.result["layers"]
     }
     assert len({r["weight_bits"] for r in written[1:-1]}) > 1
-    widest = 8 if has_vnni() else 7
-    assert (written[0]["weight_bits"], written[-1]["weight_bits"]) == (widest, widest)
+    assert (written[0]["weight_bits"], written[-1]["weight_bits"]) == (8, 8)
 
 
 def test_a_run_that_is_cut_resumes_with_the_same_widths(finished, tmp_path):
@@ -64,6 +62,21 @@ def test_the_checkpoint_alone_gives_the_integers_back(finished):
     again = load_run(folder / "checkpoint.pt").reference.state_dict()
     assert all(torch.equal(value, again[name]) for name, value in outcome.reference.state_dict().items())
     assert len(load_checkpoint(folder / "checkpoint.pt")["rules"]) == len(outcome.result["layers"])
+
+
+@pytest.mark.parametrize("file", ["model.fxq", "checkpoint.pt"])
+def test_a_run_is_read_on_another_cpu_with_its_own_widths(finished, without_vnni, file):
+    outcome, folder = finished
+    again = load_run(folder / file).reference
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in outcome.reference.state_dict().items())
+    assert [rule.weight_bits for rule in again.meta["fxquant"].rules.values()] == [
+        row["weight_bits"] for row in outcome.result["layers"]
+    ]
+
+
+def test_a_run_for_another_cpu_is_no_run_for_this_one(finished, without_vnni):
+    with pytest.raises(CheckpointError, match=r"is of another recipe than .* differs in quantization\.vnni"):
+        run(load_recipe(RECIPE, [text for text in SHORT if "vnni" not in text]), finished[1], resume=True)
 
 
 def test_a_run_is_analysed_as_it_was_trained(finished, tmp_path):

@@ -107,6 +107,17 @@ def test_relu6_float_layers_learned_widths_and_other_residuals_come_back(tmp_pat
     }
 
 
+def test_a_file_is_read_on_another_cpu_with_its_own_widths(without_vnni, tmp_path):
+    x = torch.randn(4, 3, 16, 16)
+    prepared = fq.prepare(settle(TinyResidual(), x), [fq.Rule("*", 8, 8)], calibration=[x], vnni=True)
+    fq.freeze(prepared)
+    before = fq.convert(prepared)
+    fq.save(before, tmp_path / "x.fxq")
+    after = fq.load(tmp_path / "x.fxq", TinyResidual())  # without a warning of widths that become less
+    assert torch.equal(after(x), before(x))
+    assert {rule.weight_bits for rule in after.meta["fxquant"].rules.values()} == {8}
+
+
 def test_notes_are_kept(tmp_path):
     fq.save(reference(), tmp_path / "x.fxq", notes={"by": "whom\n", "ü": ""})
     assert packed.read_notes(tmp_path / "x.fxq") == {"by": "whom\n", "ü": ""}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+import sys
 
 import pytest
 import timm.layers
@@ -435,6 +437,17 @@ def test_without_vnni_weights_have_7_bits_at_most(without_vnni, backend):
     with pytest.warns(UserWarning, match=r"weight_bits=\(2, 8\) becomes 7 at most"):
         learned = fq.prepare(mobile(), [fq.Rule("*", (2, 8), 8, "nipq")], calibration=[x], backend=backend)
     assert {layer.weight_fake_quant.bits for layer in cost.qat_layers(learned).values()} == {(2, 7)}
+
+
+def test_the_cpu_a_model_is_for_need_not_be_the_one_at_hand(monkeypatch):
+    x = torch.randn(4, 3, 12, 12)
+    for vnni, bits in ((True, 8), (False, 7)):
+        monkeypatch.setattr(sys.modules["fxquant.prepare"], "has_vnni", lambda vnni=vnni: not vnni)
+        with contextlib.nullcontext() if vnni else pytest.warns(UserWarning, match="weight_bits=8 becomes 7 at most"):
+            prepared = fq.prepare(mobile(), [fq.Rule("*", 8, 8)], calibration=[x], vnni=vnni)
+        assert widths(prepared) == [(bits, 8)] * 3
+        capacities = fq.analyze(prepared).capacities.values()
+        assert {tensor.widest for tensor in capacities if tensor.kind == "weight"} == {bits}
 
 
 def test_without_vnni_qnnpack_and_narrow_weights_are_left_alone(without_vnni):

@@ -285,3 +285,10 @@ def test_a_training_in_float_alone(tmp_path):
     assert not load_recipe(write(tmp_path, text), ["float.epochs=2"]).quantizes
     with pytest.raises(RecipeError, match=r"nothing to do: give \[train\] and \[\[rules\]\], or float.epochs"):
         load_recipe(write(tmp_path, text))
+
+
+def test_a_recipe_is_for_the_cpu_at_hand_unless_it_says(without_vnni):
+    here = load_recipe(RECIPES / "digits_w4a4_lsq.toml").quantization
+    elsewhere = load_recipe(RECIPES / "digits_w4a4_lsq.toml", ["quantization.vnni=true"]).quantization
+    assert (here.vnni, elsewhere.vnni) == (False, True)
+    assert load_recipe(RECIPES / "resnet20_cifar10_w4a4_lsq.toml").quantization.vnni  # so that rows compare

@@ -89,6 +89,7 @@ def prepared_with(recipe: Recipe, model: nn.Module, rules: Sequence[Rule], calib
         calibration=calibration,
         backend=recipe.quantization.backend,
         residual_bits=recipe.quantization.residual_bits,
+        vnni=recipe.quantization.vnni,
     )
 
 
@@ -100,6 +101,7 @@ def prepared_without_data(recipe: Recipe, model: nn.Module, rules: Sequence[Rule
         example_inputs=(data.example,),
         backend=recipe.quantization.backend,
         residual_bits=recipe.quantization.residual_bits,
+        vnni=recipe.quantization.vnni,
     )
 
 
