@@ -69,15 +69,19 @@ def place_edges(prepared: fx.GraphModule, profile: BackendSpec) -> None:
 
 
 def share_grids(prepared: fx.GraphModule) -> None:
-    """Where a layer reads an edge of its own width, the two quantizers become one: the second would round again."""
+    """Where a layer reads an edge of its own width, the two quantizers become one: the second would round again.
+
+    One that is called several times has one input quantizer, so all calls have to read the same edge.
+    """
     modules = dict(prepared.named_modules(remove_duplicate=False))
+    read: dict[QATLayer, set[nn.Module | None]] = {}
     for node in prepared.graph.nodes:
         layer = called_module(node, modules)
-        if not isinstance(layer, QATLayer) or layer.input_fake_quant is None:
-            continue
-        source = node.args[0]
-        edge = called_module(source, modules)
-        if isinstance(edge, Estimator) and layer.input_fake_quant.bits == edge.bits:
+        if isinstance(layer, QATLayer) and layer.input_fake_quant is not None:
+            read.setdefault(layer, set()).add(called_module(node.args[0], modules))
+    for layer, sources in read.items():
+        edge = next(iter(sources))
+        if len(sources) == 1 and isinstance(edge, Estimator) and layer.input_fake_quant.bits == edge.bits:
             layer.input_fake_quant, layer.input_is_quantized = edge, True
 
 
@@ -111,13 +115,13 @@ def place_operand_edges(prepared: fx.GraphModule, bits: int) -> None:
     prepared.recompile()
 
 
-_PRODUCTS = frozenset({operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__"})
+PRODUCTS = frozenset({operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__"})
 _PARTS = frozenset({operator.getitem, torch.unbind, torch.chunk, torch.split, "unbind", "chunk", "split", "select"})
 _SCALINGS = frozenset({operator.mul, torch.mul, operator.truediv, torch.div})
 
 
 def _is_product(node: fx.Node) -> bool:
-    operands = node.args[:2] if node.target in _PRODUCTS else ()
+    operands = node.args[:2] if node.target in PRODUCTS else ()
     return len(operands) == 2 and all(isinstance(o, fx.Node) and _carries_activations(o) for o in operands)
 
 

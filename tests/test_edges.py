@@ -92,3 +92,20 @@ def test_a_packed_file_restores_them(tmp_path):
     reference = fq.convert(model)
     fq.save(reference, tmp_path / "attention.fxq")
     assert torch.equal(fq.load(tmp_path / "attention.fxq", Attention())(IMAGES), reference(IMAGES))
+
+
+def test_a_layer_that_reads_two_edges_has_a_quantizer_of_its_own():
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+            self.head = nn.Linear(3, 5)
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            return self.head(self.conv(self.conv(x) + x).mean((2, 3)))
+
+    model = fq.prepare(Again(), [fq.Rule("*", 8, 8)], calibration=[IMAGES])
+    assert not model.get_submodule("conv").input_is_quantized
+    fq.freeze(model)
+    assert fq.verify(model, fq.convert(model), [IMAGES]).reference_equals_fake_quant
