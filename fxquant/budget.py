@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -32,19 +33,21 @@ class BudgetBound:
     of_layer: Callable[[str, int, int], float]
     base: float = 0.0
 
+    TOLERANCE: ClassVar[float] = 1e-9  # of sums of floats
+
     def spent(self, widths: Widths) -> float:
         """In the unit of the limit."""
         return self.base + sum(self.of_layer(name, *pair) for name, pair in widths.items())
 
     def holds(self, widths: Widths) -> bool:
-        return self.spent(widths) <= self.limit + 1e-9
+        return self.spent(widths) <= self.limit + self.TOLERANCE
 
     def require(self, lowest: Widths) -> None:
         """Raises :class:`SpecError` where not even these widths keep to it."""
         if not self.holds(lowest):
             raise SpecError(
-                f"budget {self.name}={self.limit:g} was asked for, but the lowest widths that the rules allow (and "
-                f"those that are fixed already) take {self.spent(lowest):g}; raise the budget, or lower the rules' "
+                f"budget {self.name}={self.limit:.12g} was asked for, but the lowest widths that the rules allow (and "
+                f"those that are fixed already) take {self.spent(lowest):.12g}; raise the budget, or lower the rules' "
                 "widths"
             )
 

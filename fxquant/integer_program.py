@@ -145,6 +145,8 @@ class Program:
             constraints=LinearConstraint(*rows.matrix()),
             options={"time_limit": self.seconds, "mip_rel_gap": _GAP},
         )
+        if result.x is None and result.status == 1:
+            raise SpecError(f"no widths were found in seconds={self.seconds}; give the solver more")
         if result.x is None:
             raise SpecError(
                 f"no widths keep to the budget and the ties at once ({result.message.strip()}); raise the budget, "
@@ -157,11 +159,17 @@ class Program:
     # ---- rows ------------------------------------------------------------------------------------------------
 
     def _keep_to_bounds(self, rows: _Rows) -> None:
+        """Counted above the least that each layer can spend, so that HiGHS's tolerance is a share of what is free."""
         for bound in self.bounds:
-            room = bound.limit - bound.base - self._slack.get(bound.name, 0.0)
+            spent = {name: {i: bound.of_layer(name, *pair) for i, pair in own} for name, own in self._of_layer.items()}
+            least = {name: min(own.values()) for name, own in spent.items()}
+            room = bound.limit - bound.base - sum(least.values()) - self._slack.get(bound.name, 0.0)
+            above = {i: value - least[name] for name, own in spent.items() for i, value in own.items()}
             unit = abs(room) or 1.0
-            spent = {i: bound.of_layer(name, *pair) / unit for i, (name, pair) in enumerate(self._columns)}
-            rows.add(spent, -np.inf, room / unit)
+            for column in [i for i, value in above.items() if value > room + BudgetBound.TOLERANCE]:
+                rows.add({column: 1.0}, 0.0, 0.0)  # beyond it whatever the others take
+                del above[column]
+            rows.add({i: value / unit for i, value in above.items()}, -np.inf, room / unit)
 
     def _keep_ties(self, rows: _Rows) -> None:
         for (first, side), *others in self.ties:
@@ -169,7 +177,9 @@ class Program:
                 pairs = (*self.options[first], *self.options[other])
                 for bits in sorted({width for pair in pairs for width in pair}):
                     row = {column: 1.0 for column, pair in self._of_layer[first] if pair[side] == bits}
-                    row |= {column: -1.0 for column, pair in self._of_layer[other] if pair[other_side] == bits}
+                    for column, pair in self._of_layer[other]:
+                        if pair[other_side] == bits:  # both sides of one layer may be tied: an option then cancels
+                            row[column] = row.get(column, 0.0) - 1.0
                     rows.add(row, 0.0, 0.0)
 
     def _let_flow(self, rows: _Rows, flow: Flow) -> int:
