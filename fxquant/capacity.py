@@ -32,8 +32,10 @@ from torch import Tensor, fx, nn
 
 from . import cost
 from .computed import effective_weight
+from .edges import PRODUCTS
 from .errors import SpecError
 from .estimators import Estimator
+from .graph import called_module
 from .grid import MAX_BITS
 from .layers import QATLayer
 from .prepare import _images, engine_limits, prepared_info
@@ -104,7 +106,7 @@ class ChannelPowers:
     def __init__(self, axis: int, at_most: float):
         self.axis, self.at_most = axis, at_most
         self.count = 0  # of values in each channel
-        self.elements = 0  # per image
+        self._elements = self._images = 0  # of all calls
         self._sums: Tensor | None = None  # [5, C] float64: values; squares of values, rounding, clipping, all error
 
     def add(self, signal: Tensor, rounding: Tensor, clipping: Tensor | None, images: int) -> None:
@@ -119,7 +121,13 @@ class ChannelPowers:
         sums = torch.stack([values.sum(1, dtype=torch.float64), _power(values), rounded, clipped, total])
         self._sums = sums if self._sums is None else self._sums + sums
         self.count += values.shape[1]
-        self.elements = signal.numel() // images
+        self._elements += signal.numel()
+        self._images += images
+
+    @property
+    def elements(self) -> int:
+        """Per image; of a layer that is called at several sizes, the mean of its calls."""
+        return self._elements // self._images
 
     def _rows(self, x: Tensor) -> Tensor:
         axis = self.axis % x.ndim
@@ -142,9 +150,28 @@ def _power(rows: Tensor) -> Tensor:
     return rows.square().sum(1, dtype=torch.float64)
 
 
-def channel_axis(x: Tensor) -> int:
-    """Axis of the channels of a tensor between layers: 1 of [N, C, H, W], the last of tokens and vectors."""
-    return 1 if x.ndim == 4 else -1
+def channel_axis(x: Tensor, channels_last: bool = False) -> int:
+    """Axis of the channels of a tensor between layers: 1 of [N, C, H, W], the last of tokens, vectors, [N, H, W, C]."""
+    return 1 if x.ndim == 4 and not channels_last else -1
+
+
+def _channels_last(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the channels of what a node gives are its last axis, as linear layers and LayerNorm have them.
+
+    The nearest layer before it says so, or a permutation in between; a product of activations has heads at axis 1.
+    """
+    while node.op != "placeholder" and node.all_input_nodes:
+        module = called_module(node, modules)
+        if isinstance(module, (nn.Linear, nn.LayerNorm)):
+            return True
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) or node.target in PRODUCTS:
+            return False
+        order = node.args[1:] if node.target in ("permute", torch.permute) else ()
+        order = tuple(order[0]) if len(order) == 1 else order
+        if order in ((0, 2, 3, 1), (0, 3, 1, 2)):
+            return order[-1] == 1
+        node = node.all_input_nodes[0]
+    return False
 
 
 def split_error(x: Tensor, quantized: Tensor, step: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -211,10 +238,12 @@ class _Probe:
         self.layers = cost.qat_layers(model)
         self.info = prepared_info(model)
         modules = dict(model.named_modules(remove_duplicate=False))
-        self.edges: dict[str, tuple[Estimator, list[str]]] = {}  # by module: its tensors, in the order it sees them
+        # By module: it, and of its tensors, in the order it sees them, the names and where their channels are.
+        self.edges: dict[str, tuple[Estimator, list[tuple[str, bool]]]] = {}
         for node in model.graph.nodes:
             if node.op == "call_module" and isinstance(modules[node.target], Estimator):
-                self.edges.setdefault(node.target, (modules[node.target], []))[1].append(edge_name(node))
+                tensor = edge_name(node), _channels_last(node.args[0], modules)
+                self.edges.setdefault(node.target, (modules[node.target], []))[1].append(tensor)
         self.images = 0
         self.found: dict[str, tuple[str, float, ChannelPowers]] = {}
         for name, layer in self.layers.items():
@@ -230,7 +259,7 @@ class _Probe:
         for edge, tensors in self.edges.values():
             turn = itertools.cycle(tensors)
             self._handles.append(
-                edge.register_forward_hook(lambda edge, args, _, turn=turn: self._edge(next(turn), edge, args[0]))
+                edge.register_forward_hook(lambda edge, args, _, turn=turn: self._edge(*next(turn), edge, args[0]))
             )
 
     def __exit__(self, *exc) -> None:
@@ -255,12 +284,11 @@ class _Probe:
             self.images,
         )
 
-    def _edge(self, name: str, quantizer: Estimator, x: Tensor) -> None:
-        self._quantizer(name, EDGE, quantizer, x)
+    def _edge(self, name: str, channels_last: bool, quantizer: Estimator, x: Tensor) -> None:
+        self._quantizer(name, EDGE, quantizer, x, channel_axis(x, channels_last))
 
-    def _quantizer(self, name: str, kind: str, quantizer: Estimator, x: Tensor, axis: int | None = None) -> Tensor:
+    def _quantizer(self, name: str, kind: str, quantizer: Estimator, x: Tensor, axis: int) -> Tensor:
         quantized = quantizer.eval_forward(x)
-        axis = channel_axis(x) if axis is None else axis
         error = split_error(x, quantized, quantizer._viewed(quantizer.step(), x))
         self._powers(name, kind, quantizer, axis, float(quantizer.bit_width().max())).add(x, *error, self.images)
         return quantized

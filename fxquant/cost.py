@@ -21,7 +21,7 @@ class LayerCost:
     Attributes:
         macs: multiply-accumulates.
         weights: elements of the weight.
-        inputs: elements of the tensor that enters.
+        inputs: elements of the tensors that enter, of all calls.
     """
 
     macs: int
@@ -45,10 +45,9 @@ def measure_costs(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[
         def note(layer, args, out, name=name):
             per_output = layer.weight[0].numel()
             macs = out.numel() * per_output // images
-            before = costs.get(name)
-            costs[name] = LayerCost(
-                macs + (before.macs if before else 0), layer.weight.numel(), args[0].numel() // images
-            )
+            before = costs.get(name, LayerCost(0, 0, 0))  # of earlier calls
+            inputs = args[0].numel() // images
+            costs[name] = LayerCost(macs + before.macs, layer.weight.numel(), inputs + before.inputs)
 
         handles.append(layer.register_forward_hook(note))
     training = model.training

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxquant as fq
-from fxquant.capacity import FLOAT_BITS, gaussian_capacity, measure_capacity
+from fxquant.capacity import FLOAT_BITS, _channels_last, edge_name, gaussian_capacity, measure_capacity
 from fxquant.errors import EmptyDataError, SpecError
+from fxquant.estimators import Estimator
 from tests.models import TinyMobile, TinyResidual, settle
 
 
@@ -152,6 +153,48 @@ def test_what_cannot_be_measured_says_so(residual):
     bare = fq.prepare(OneLayer(), [fq.Rule("*", 4, 4)], example_inputs=torch.rand(2, 1, 8, 8))
     with pytest.raises(SpecError, match="no range has been set yet"):
         measure_capacity(bare, [torch.rand(2, 1, 8, 8)])
+
+
+def test_a_layer_that_is_called_at_two_sizes_carries_the_elements_of_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(F.max_pool2d(self.conv(x), 2)).mean((2, 3))
+
+    x = torch.randn(4, 3, 16, 16)
+    found = fq.analyze(fq.prepare(Twice(), [fq.Rule("*", 4, 4)], calibration=[x])).capacities["conv.input"]
+    assert found.elements == 3 * (16 * 16 + 8 * 8) // 2  # of a call: the cut counts each
+
+
+def test_channels_that_are_the_last_axis_are_found():
+    """[N, H, W, C] between two linear layers, as in Swin, whose channels have powers far apart."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.mix = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 5)
+            self.mix.weight.data *= 10.0 ** -torch.arange(8.0)[:, None]
+
+        def forward(self, x):
+            x = self.stem(x).permute(0, 2, 3, 1)
+            return self.head((x + self.mix(x)).permute(0, 3, 1, 2).mean((2, 3)))
+
+    x = torch.randn(8, 3, 16, 16)
+    model = fq.prepare(Tokens(), [fq.Rule("*", 8, 8)], calibration=[x], backend="onnxruntime")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    last = {
+        edge_name(node): _channels_last(node.args[0], modules)
+        for node in model.graph.nodes
+        if node.op == "call_module" and isinstance(modules[node.target], Estimator)
+    }
+    assert last
+    assert last["mix_edge"]
+    narrow = fq.analyze(model).capacities["mix_edge"]
+    assert narrow.bits_per_element < 3  # most channels lie below a step; over all of them there would be 6 bits
 
 
 def test_more_bits_carry_more():

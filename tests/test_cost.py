@@ -63,7 +63,7 @@ def test_a_layer_used_twice_computes_twice_and_is_stored_once():
 
     x = torch.randn(2, 3, 8, 8)
     costs = fq.prepare(Twice(), [fq.Rule("*", 4, 4)], calibration=[x]).meta["fxquant"].costs
-    assert costs["conv"] == cost.LayerCost(macs=2 * 8 * 8 * 3 * 3 * 9, weights=81, inputs=192)
+    assert costs["conv"] == cost.LayerCost(macs=2 * 8 * 8 * 3 * 3 * 9, weights=81, inputs=2 * 192)
 
 
 def test_sizes_are_of_an_image_where_a_layer_sees_windows_of_it():

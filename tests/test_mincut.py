@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import fxquant as fq
 from fxquant import Rule
 from fxquant.mincut import SINK, SOURCE, Arc, graph_arcs, minimum_cut, successive_cuts
-from tests.models import TinyMobile, TinyResidual, settle
+from tests.models import TinyResidual, settle
 
 
 def brute_force(arcs: list[Arc], capacities: dict[str, float]) -> float:
@@ -112,18 +112,34 @@ def test_a_residual_branch_carries_beside_its_shortcut():
     assert minimum_cut(arcs, capacities | {"conv2.input": 0.0}).bits == 7.0
 
 
+class Parallel(nn.Module):
+    """Two branches from one stem, concatenated."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.left, self.right = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        return self.head(torch.cat([self.left(x), self.right(x)], 1).mean((2, 3)))
+
+
 def test_the_parts_of_a_concatenation_add_up():
-    model = prepared(TinyMobile(), backend="onnxruntime")
-    names = ("stem", "depthwise", "pointwise", "head")
-    capacities = {f"{n}.{k}": 100.0 for n in names for k in ("input", "weight")}
-    arcs = graph_arcs(model, capacities)
-    stem_out = next(a.head for a in arcs if a.tensor == "stem.weight")
-    assert sum(a.tail == stem_out for a in arcs) >= 1
-    # Everything passes the stem; beside the branch runs the tensor itself, which nothing limits here.
-    assert minimum_cut(arcs, capacities | {"pointwise.input": 1.0}).bits == 100.0
-    edges = {name: 4.0 for name, m in model.named_modules() if name.endswith("_edge")}
-    both = {**capacities, **edges}
-    assert minimum_cut(graph_arcs(model, both), both | {"pointwise.input": 1.0}).bits <= 8.0
+    model = prepared(Parallel())
+    names = ("stem", "left", "right", "head")
+    wide = {f"{n}.{k}": 100.0 for n in names for k in ("input", "weight")}
+    arcs = graph_arcs(model, wide)
+
+    def cut(**narrow: float):
+        found = minimum_cut(arcs, wide | {name.replace("_", "."): bits for name, bits in narrow.items()})
+        return found.bits, set(found.tensors)
+
+    assert cut(left_weight=3.0, right_input=5.0) == (8.0, {"left.weight", "right.input"})
+    assert cut(left_weight=0.0, right_input=5.0) == (5.0, {"left.weight", "right.input"})
+    assert cut(left_weight=3.0, right_input=0.0) == (3.0, {"left.weight", "right.input"})
+    assert cut(left_weight=3.0, right_input=5.0, head_input=7.0) == (7.0, {"head.input"})
 
 
 def test_without_quantized_tensors_nothing_limits():
