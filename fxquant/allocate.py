@@ -16,7 +16,7 @@ from . import cost
 from .budget import BudgetBound, budget_bounds
 from .capacity import INPUT, WEIGHT
 from .errors import SpecError, UnknownNameError
-from .estimators import check_width
+from .estimators import check_interval
 from .integer_program import Flow, Program, Side, Solution, joined_ties
 from .layers import QATLayer
 from .mincut import SINK, graph_arcs, minimum_cut
@@ -51,12 +51,12 @@ class Allocation:
     seconds: float
 
     def to_toml(self, estimator: str | None = None) -> str:
-        """The rules as a table that a recipe can extend, to be read and edited.
+        """The rules as a table that a recipe can extend, to be read and edited; with it, none are chosen anew.
 
         Args:
             estimator: of the recipe; rules that have another name their own.
         """
-        lines = [f"# {'; '.join(self.summary())}", "rules = ["]
+        lines = [f"# {'; '.join(self.summary())}", "allocation = false # the widths are chosen", "rules = ["]
         for rule in self.rules:
             keys = {"pattern": rule.pattern}
             if rule.keeps_float:
@@ -115,7 +115,7 @@ def allocate(
             backend where its kernels compute wide operands wrongly.
         fixed: pattern of layers that keep the widths of their rules, as in a rule; None or empty for no layer.
         tied: groups of tensors (``<layer>.weight``, ``<layer>.input``) that get the same width.
-        tie_readers: whether layers that read the same tensor get the same input width: it is then quantized once.
+        tie_readers: whether layers that read the same tensor get the same input width; each keeps a range of its own.
         max_batches: how many batches to measure on.
         seconds: for the solver, after which the best widths found so far are taken.
 
@@ -141,6 +141,7 @@ def allocate(
         sensitivity = measure_sensitivity(model, data, sensitivity, candidates, max_batches=max_batches)
     began = time.perf_counter()
     program = Program(options, bounds, ties, seconds)
+    _require_measured(sensitivity, options, free)
     if sensitivity.method == "capacity":
         solution, predicted = _largest_cut(program, model, sensitivity, sides)
     else:
@@ -163,6 +164,17 @@ def allocate(
     spent = {bound.name: (bound.spent(solution.widths), bound.limit) for bound in bounds}
     elapsed = time.perf_counter() - began
     return Allocation(sensitivity.method, solution.widths, rules, spent, predicted, solution.gap, elapsed)
+
+
+def _require_measured(found: Sensitivity, options: dict[str, list[tuple[int, int]]], free: set[str]) -> None:
+    """Raises :class:`SpecError` where a width in question was not measured; it would count as costing nothing."""
+    for tensor, (name, side) in _sides(options).items():
+        asked = {pair[side] for pair in options[name]} if name in free or found.method == "capacity" else set()
+        if missing := sorted(asked - found.tensors.get(tensor, {}).keys()):
+            raise SpecError(
+                f"the sensitivity {found.method!r} says nothing of {tensor!r} at {', '.join(map(str, missing))} bits; "
+                "measure it at all candidate widths, or narrow weight_bits and activation_bits"
+            )
 
 
 def require_allocatable(
@@ -208,7 +220,7 @@ def _options(
         for candidates, own, what in zip(
             (weight_bits, activation_bits), asked, ("weight_bits", "activation_bits"), strict=True
         ):
-            low, high = check_width(tuple(candidates), what) if candidates[0] != candidates[1] else candidates
+            low, high = check_interval(candidates, what)
             low, high = (max(low, own[0]), min(high, own[1])) if isinstance(own, tuple) else (low, high)
             ranges.append(range(low, high + 1))
         out[name] = [pair for pair in itertools.product(*ranges) if _runs(layer, info, *pair)]

@@ -15,6 +15,7 @@ from .cost import qat_layers
 from .errors import SpecError
 from .mincut import Cut, graph_arcs, minimum_cut, successive_cuts
 from .prepare import prepared_info
+from .spec import check_count
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def analyze(model: fx.GraphModule, batches: Iterable | None = None, *, max_batch
     batches = prepared_info(model).calibration if batches is None else batches
     if batches is None:
         raise SpecError("capacity is measured on images; give analyze batches=...")
+    check_count(max_batches, "max_batches")
     found = measure_capacity(model, batches, max_batches)
     arcs = graph_arcs(model, found)
     bits = {name: tensor.total for name, tensor in found.items()}

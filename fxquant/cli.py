@@ -198,13 +198,13 @@ def analyze(
     sensitivity: Annotated[
         str | None, typer.Option(help="allocate the recipe's budget by it: capacity, fisher or loss")
     ] = None,
-    batches: Annotated[int, typer.Option(help="plain training batches to measure on")] = 4,
+    batches: Annotated[int, typer.Option(min=1, help="plain training batches to measure on")] = 4,
     output: Annotated[Path | None, typer.Option(help="write the rules table (TOML) that a recipe can extend")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write what is printed as JSON")] = None,
     check_cut: Annotated[
         bool, typer.Option("--check-cut", help="compare a bit more in the cut with a bit more elsewhere; no training")
     ] = False,
-    draws: Annotated[int, typer.Option(help="of --check-cut, sets of other layers")] = 10,
+    draws: Annotated[int, typer.Option(min=1, help="of --check-cut, sets of other layers")] = 10,
     seed: Annotated[int, typer.Option(help="of --check-cut, for the draws")] = 0,
 ) -> None:
     """Measure what every quantized tensor carries and where the network is narrowest; allocate bits to a budget."""

@@ -28,7 +28,7 @@ from .grid import MAX_BITS
 from .layers import QATLayer
 from .prepare import PreparedInfo, engine_limits, prepare, prepared_info
 from .sensitivity import Candidates, measure_sensitivity
-from .spec import RESIDUAL_BITS, Rule
+from .spec import RESIDUAL_BITS, Rule, check_count
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,10 @@ def check_cut(
         watch: told of each step.
 
     Raises:
-        SpecError: widths that are learned, a cut without a layer that could be wider, or no other layers to draw from.
+        SpecError: widths that are learned, a cut without a layer that could be wider, no other layers to draw from, or
+            no draws.
     """
+    check_count(draws, "draws")
     learned = [
         rule.pattern for rule in rules if isinstance(rule.weight_bits, tuple) or isinstance(rule.activation_bits, tuple)
     ]

@@ -77,7 +77,7 @@ def read_dynamics(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        if not all({"epoch", "bits", "cuts", "tensors"} <= entry.keys() for entry in entries):
+        if not all({"epoch", "bits", "cuts", "layer_cut", "tensors"} <= entry.keys() for entry in entries):
             raise CheckpointError(f"{path} is no record of capacities; remove it")
         return entries
     except (OSError, json.JSONDecodeError, AttributeError, TypeError) as error:

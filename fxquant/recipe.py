@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from .data import CIFAR10, DATASETS, check_name
 from .errors import FxQuantError, SpecError, UnknownNameError, did_you_mean
-from .estimators import check_width
+from .estimators import check_interval
 from .grid import check_bits
 from .hardware import has_vnni
 from .loss import DISTILLATIONS
@@ -227,10 +227,10 @@ class QuantizationSection(_Section):
 class BudgetSection(_Section):
     """``[budget]``: bounds on the whole widths (:class:`fxquant.Budget`)."""
 
-    mean_weight_bits: float | None = Field(None, gt=0)
-    mean_activation_bits: float | None = Field(None, gt=0)
-    bops: float | None = Field(None, gt=0)
-    weight_bytes: float | None = Field(None, gt=0)
+    mean_weight_bits: float | None = Field(None, gt=0, allow_inf_nan=False)
+    mean_activation_bits: float | None = Field(None, gt=0, allow_inf_nan=False)
+    bops: float | None = Field(None, gt=0, allow_inf_nan=False)
+    weight_bytes: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
 class AllocationSection(_Section):
@@ -248,7 +248,7 @@ class AllocationSection(_Section):
     @field_validator("weight_bits", "activation_bits")
     @classmethod
     def _in_order(cls, bits: tuple[int, int]) -> tuple[int, int]:
-        return (check_bits(bits[0]),) * 2 if bits[0] == bits[1] else check_width(bits)
+        return check_interval(bits)
 
 
 class DivergenceSection(_Section):
@@ -276,9 +276,14 @@ class Recipe(_Section):
     quantization: QuantizationSection = Field(default_factory=QuantizationSection)
     rules: list[RuleSection] = Field(default_factory=list)
     budget: BudgetSection = Field(default_factory=BudgetSection)
-    allocation: AllocationSection | None = None
+    allocation: AllocationSection | None = Field(None, description="false: none, where an extended recipe has one")
     divergence: DivergenceSection = Field(default_factory=DivergenceSection)
     train: TrainSection | None = Field(None, description="left out, with the rules, where training is in float alone")
+
+    @field_validator("allocation", mode="before")
+    @classmethod
+    def _taken_away(cls, section: Any) -> Any:
+        return None if section is False else section
 
     @model_validator(mode="after")
     def _rules_hold(self) -> Recipe:

@@ -15,6 +15,10 @@ from . import checkpoint
 from .dynamics import read_dynamics
 from .errors import CheckpointError
 
+_REPORTED = frozenset(
+    {"model", "estimator", "seed", "images", "seconds", "weights_bytes", "bops", "parity", "layers", "capacity"}
+)
+
 
 def collect(folder: Path, others: list[Path]) -> dict[str, Any]:
     """The numbers of a run, and a line on each of the others, for comparison.
@@ -23,8 +27,6 @@ def collect(folder: Path, others: list[Path]) -> dict[str, Any]:
         CheckpointError: a folder without a result, or one of a version that left no capacities; a run in float alone.
     """
     result = _quantized(folder)
-    if "capacity" not in result:
-        raise CheckpointError(f"{folder} was left by a version that measured no capacities; run its recipe again")
     layers = [_layer(row) for row in result["layers"]]
     return {
         "run": str(folder),
@@ -48,6 +50,10 @@ def _quantized(folder: Path) -> dict[str, Any]:
     result = checkpoint.read_result(folder)
     if "reference_accuracy" not in result:
         raise CheckpointError(f"the run of {folder} trained in float alone; there are no integers to report on")
+    if missing := sorted(_REPORTED - result.keys()):
+        raise CheckpointError(
+            f"{folder} was left by a version that wrote no {', '.join(missing)}; run its recipe again"
+        )
     return result
 
 

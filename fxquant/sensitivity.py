@@ -28,11 +28,12 @@ from torch.nn import functional as F
 from . import cost, grid
 from .capacity import FLOAT_BITS, INPUT, WEIGHT, ChannelPowers, evaluating, measure_capacity, product, split_error
 from .computed import effective_weight
-from .errors import UnknownNameError
+from .errors import SpecError, UnknownNameError
 from .estimators import Estimator
 from .layers import QATLayer
 from .prepare import _images, _quantizers_bypassed
 from .ranges import RangeObserver, step_and_zero
+from .spec import check_count
 
 METHODS = ("capacity", "fisher", "loss")
 
@@ -75,10 +76,16 @@ def measure_sensitivity(
 
     Raises:
         UnknownNameError: an unknown method.
+        SpecError: for a frozen model, or no batches to use.
         EmptyDataError: where there is no batch.
     """
     if method not in METHODS:
         raise UnknownNameError("sensitivity", method, METHODS)
+    if any(layer.frozen for layer in cost.qat_layers(model).values()):
+        raise SpecError("this model is frozen, its widths are settled; measure sensitivities before fxquant.freeze")
+    check_count(max_batches, "max_batches")
+    if not candidates:
+        return Sensitivity(method, {})
     device = next(model.parameters()).device
     images = [batch.to(device) for batch in itertools.islice(_images(batches), max_batches)]
     with evaluating(model), _quantizers_bypassed(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -142,11 +143,22 @@ class Budget:
     def __post_init__(self):
         for name, value in vars(self).items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (number and value > 0):
-                raise SpecError(f"budget {name}={value!r} was asked for; it must be above 0")
+            if value is not None and not (number and 0 < value < math.inf):
+                raise SpecError(f"budget {name}={value!r} was asked for; it must be above 0 and finite")
 
     def __bool__(self) -> bool:
         return any(value is not None for value in vars(self).values())
+
+
+def check_count(value: int, what: str) -> int:
+    """``value``, if it is a whole number from 1.
+
+    Raises:
+        SpecError: otherwise.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SpecError(f"{what}={value!r} was asked for; it must be a whole number from 1")
+    return value
 
 
 @dataclass(frozen=True)

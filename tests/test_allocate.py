@@ -103,6 +103,9 @@ def test_ties(model):
         model, budget, uneven, tied=[["conv1.weight", "conv2.weight"], ["conv2.weight", "shortcut.weight"]]
     )
     assert len({tied.widths[n][0] for n in FREE}) == 1
+    both_sides = fq.allocate(model, budget, uneven, tied=[["conv2.weight", "conv2.input"]])
+    assert len(set(both_sides.widths["conv2"])) == 1
+    assert both_sides.widths["conv2"][0] > 2
     with pytest.raises(UnknownNameError, match=r"unknown tensor to tie 'conv1.weights': did you mean 'conv1.weight'"):
         fq.allocate(model, budget, uneven, tied=[["conv1.weights", "conv2.weight"]])
 
@@ -177,8 +180,10 @@ def test_the_table_is_a_recipe_that_can_be_edited(model):
     assert "bops" in text.splitlines()[0]
     values = tomllib.loads(text)
     base = {"name": "x", "model": {"name": "resnet18"}, "data": {"name": "digits"}, "train": {"epochs": 1}}
-    recipe = parse_recipe({**base, "quantization": {"estimator": "pege"}, **values}, "x")
+    chosen_anew = {"allocation": {"sensitivity": "fisher"}, "budget": {"bops": 1}}
+    recipe = parse_recipe({**base, "quantization": {"estimator": "pege"}, **chosen_anew, **values}, "x")
     assert recipe.built_rules() == found.rules
+    assert recipe.allocation is None
     assert [row.get("estimator") for row in values["rules"]] == ["lsq", None, None, None, "lsq"]
 
 
@@ -203,7 +208,28 @@ def test_rules_keep_their_options(images):
     assert parse_recipe({**base, **values}, "x").built_rules() == found.rules
 
 
+@pytest.mark.parametrize("sensitivity", ["fisher", "loss", "capacity"])
+@pytest.mark.parametrize("given", [{"fixed": "*"}, {"weight_bits": (3, 3), "activation_bits": (3, 3)}])
+def test_where_nothing_is_free_the_widths_are_those_given(model, sensitivity, given):
+    found = fq.allocate(model, Budget(mean_weight_bits=8), sensitivity, **given)
+    assert {found.widths[name] for name in FREE} == {(3, 3)}
+
+
+def test_a_width_that_was_not_measured_does_not_count_as_free(model):
+    few = Sensitivity("fisher", {t: {b: 4.0**-b for b in (4, 6, 8)} for t in TENSORS})
+    with pytest.raises(
+        SpecError, match=r"'fisher' says nothing of 'conv1.weight' at 2, 3, 5, 7 bits; measure it at all"
+    ):
+        fq.allocate(model, Budget(mean_weight_bits=8), few)
+    assert fq.allocate(model, Budget(mean_weight_bits=8), known(TENSORS)).predicted > 0
+
+
 def test_what_cannot_be_allocated_says_so(model, images):
+    for widths in (4, (), (4.5, 6), (5, 4)):
+        with pytest.raises(SpecError, match=r"weight_bits=|bits=4\.0"):
+            fq.allocate(model, Budget(mean_weight_bits=8), known(TENSORS), weight_bits=widths)
+    with pytest.raises(SpecError, match=r"budget bops=inf was asked for; it must be above 0 and finite"):
+        Budget(bops=float("inf"))
     with pytest.raises(SpecError, match=r"allocate was given a Budget without a bound; give one"):
         fq.allocate(model, Budget(), "fisher")
     with pytest.raises(SpecError, match=r"budget bops=1000 was asked for, but the lowest widths .* take \d"):

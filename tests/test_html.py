@@ -174,21 +174,20 @@ def test_rollbacks_are_told(run, tmp_path):
     assert list(tables(data)[0].columns[1].cells).count(data["rollbacks"][0]) == 1
 
 
-def test_files_that_cannot_be_reported_say_so(tmp_path):
+def test_files_that_cannot_be_reported_say_so(run, tmp_path):
     (tmp_path / "capacity.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"capacity.json cannot be read .* remove it"):
         read_dynamics(tmp_path)
-    (tmp_path / "capacity.json").write_text('[{"epoch": 1}]')
+    (tmp_path / "capacity.json").write_text('[{"epoch": 1, "bits": 1, "cuts": [], "tensors": {}}]')
     with pytest.raises(CheckpointError, match=r"capacity.json is no record of capacities; remove it"):
         read_dynamics(tmp_path)
     (tmp_path / "result.json").write_text('{"recipe": "x", "lowered": {}, "float_accuracy": 1}')
     with pytest.raises(CheckpointError, match="trained in float alone; there are no integers to report on"):
         collect(tmp_path, [])
-    old = '{"recipe": "x", "lowered": {}, "float_accuracy": 1, "reference_accuracy": 1}'
-    (tmp_path / "result.json").write_text(old)
-    with pytest.raises(
-        CheckpointError, match="was left by a version that measured no capacities; run its recipe again"
-    ):
+    old = json.loads((run / "result.json").read_text())
+    del old["capacity"]
+    (tmp_path / "result.json").write_text(json.dumps(old))
+    with pytest.raises(CheckpointError, match="was left by a version that wrote no capacity; run its recipe again"):
         collect(tmp_path, [])
 
 

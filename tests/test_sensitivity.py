@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import fxquant as fq
 from fxquant import cost
 from fxquant.capacity import measure_capacity
-from fxquant.errors import EmptyDataError, UnknownNameError
+from fxquant.errors import EmptyDataError, SpecError, UnknownNameError
 from fxquant.sensitivity import measure_sensitivity
 from tests.models import TinyMobile, TinyResidual, settle, smooth_images
 
@@ -129,3 +129,9 @@ def test_what_cannot_be_measured_says_so(network, images):
         measured(network, images, "fischer")
     with pytest.raises(EmptyDataError, match="yielded no batch"):
         measure_sensitivity(network[1], [], "loss", {"conv1": ((2,), (2,))})
+    with pytest.raises(SpecError, match=r"max_batches=0 was asked for; it must be a whole number from 1"):
+        measure_sensitivity(network[1], [images], "loss", {"conv1": ((2,), (2,))}, max_batches=0)
+    frozen = copy.deepcopy(network[1])
+    fq.freeze(frozen)
+    with pytest.raises(SpecError, match=r"is frozen, its widths are settled; measure sensitivities before"):
+        measure_sensitivity(frozen, [images], "loss", {"conv1": ((2,), (2,))})

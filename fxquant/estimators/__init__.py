@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import UnknownNameError
-from .base import Bits, Estimator, LearnedStep, check_width
+from .base import Bits, Estimator, LearnedStep, check_interval, check_width
 from .ewgs import EWGS
 from .gdnsq import GDNSQ
 from .lsq import LSQ
@@ -24,6 +24,7 @@ __all__ = [
     "Bits",
     "Estimator",
     "LearnedStep",
+    "check_interval",
     "check_width",
     "get_estimator",
 ]

@@ -24,14 +24,22 @@ SMALLEST_RANGE = torch.finfo(torch.float32).tiny * 2**16  # at 16 bits, with whi
 
 def check_width(bits: Bits, what: str = "bits") -> Bits:
     """A whole width from 1 to 8, or a pair (lowest, highest) of such for a width that is learned."""
-    if isinstance(bits, (tuple, list)):
-        if len(bits) != 2:
-            raise SpecError(f"{what}={bits!r} was asked for; a learned width is a pair (lowest, highest)")
-        low, high = (grid.check_bits(b, what) for b in bits)
-        if low >= high:
-            raise SpecError(f"{what}={bits!r} was asked for; the lowest width must be below the highest")
-        return low, high
-    return grid.check_bits(bits, what)
+    if not isinstance(bits, (tuple, list)):
+        return grid.check_bits(bits, what)
+    low, high = check_interval(bits, what)
+    if low == high:
+        raise SpecError(f"{what}={bits!r} was asked for; the lowest width must be below the highest")
+    return low, high
+
+
+def check_interval(bits: tuple[int, int], what: str = "bits") -> tuple[int, int]:
+    """A pair (lowest, highest) of whole widths from 1 to 8, which may be equal."""
+    if not isinstance(bits, (tuple, list)) or len(bits) != 2:
+        raise SpecError(f"{what}={bits!r} was asked for; an interval of widths is a pair (lowest, highest)")
+    low, high = (grid.check_bits(b, what) for b in bits)
+    if low > high:
+        raise SpecError(f"{what}={bits!r} was asked for; the lowest width must be below the highest")
+    return low, high
 
 
 def at_least_zero(value: float, what: str) -> float:
