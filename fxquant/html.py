@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from . import svg
-from .run_report import cut_of
+from .run_report import Listing, cut_of, listings
 
 _STYLE = """
 :root { --ink: #1c2430; --soft: #667085; --line: #e3e7ee; --paper: #fff; --ground: #f5f7fa; --mark: #d9480f; }
@@ -46,6 +46,7 @@ _CLASSES = "\n".join(
 
 def page(data: dict[str, Any]) -> str:
     """The numbers of :func:`fxquant.run_report.collect` as a page of HTML."""
+    listed = listings(data)
     title = escape(f"{data['recipe']}, seed {data['seed']}")
     body = "".join(
         (
@@ -57,9 +58,18 @@ def page(data: dict[str, Any]) -> str:
             _dynamics(data["dynamics"]),
             _section("Capacity along the network", _cut_words(data["capacity"]), _capacity(data)),
             "</div>",
-            _section("Accuracy against bit operations", "Converted models; this run is marked.", _runs(data)),
-            _section("Layers", "", _layers(data)),
-            _section("Parity", "Each kernel against the converted model, on its check batch.", _parity(data)),
+            _section(
+                "Accuracy against bit operations",
+                "Converted models; this run is marked.",
+                _runs(data) + _table(listed["runs"]),
+            ),
+            _section("Layers", "Those in a cut are marked.", _table(listed["layers"])),
+            _section("Capacity of each tensor", "Those in a cut are marked.", _table(listed["capacity"])),
+            _section(listed["dynamics"].title, "After each epoch.", _table(listed["dynamics"])),
+            _section(
+                "Parity", "Each kernel against the converted model, on its check batch.", _table(listed["parity"])
+            ),
+            _section("In figures", "", _table(listed["summary"])),
         )
     )
     return (
@@ -153,55 +163,16 @@ def _runs(data: dict[str, Any]) -> str:
     for run in data["runs"]:
         name = run["recipe"] if run["recipe"] not in named else f"{run['recipe']}, seed {run['seed']}, {run['run']}"
         named[name] = (run["bops"] / 1e6, run["reference_accuracy"])
-    dots = svg.points(
+    return svg.points(
         named, across="bit operations per image, millions", up="accuracy, %", marked=data["runs"][0]["recipe"]
     )
-    rows = [
-        [name, f"{run['reference_accuracy']:.2f}", f"{run['bops'] / 1e6:,.1f} M", f"{run['weights_bytes']:,}"]
-        for name, run in zip(named, data["runs"], strict=True)
-    ]
-    return dots + _table(("run", "converted %", "BOPs", "bytes"), rows)
 
 
-def _layers(data: dict[str, Any]) -> str:
-    marked = {tensor.rsplit(".", 1)[0] for tensor in cut_of(data["capacity"])}
-    headings = ("layer", "kind", "estimator", "input grid", "W bits", "A bits", "weights", "MACs", "BOPs")
-    rows = [
-        [
-            row["layer"],
-            row["kind"],
-            row.get("estimator", "-"),
-            row.get("input_grid", "-"),
-            *(_figure(row.get(key)) for key in ("weight_bits", "activation_bits", "weights", "macs", "bops")),
-        ]
-        for row in data["layers"]
-    ]
-    return _table(headings, rows, marked)
-
-
-def _parity(data: dict[str, Any]) -> str:
-    if not data["parity"]:
-        return "<p>Lowered to no backend.</p>"
-    parts = []
-    for backend, found in data["parity"].items():
-        words = f"argmax as the converted model on {found['argmax_agreement']:.2f} % of images"
-        parts.append(f"<p><b>{escape(backend)}</b>: {escape(words)}</p>")
-        rows = [
-            [o["name"], o["kernel"], str(o["max_code_difference"]), f"{o['share_different']:.4%}"]
-            for o in found.get("operators", [])
-        ]
-        parts.append(_table(("operator", "kernel", "max codes off", "share of codes"), rows) if rows else "")
-    return "".join(parts)
-
-
-def _table(headings: tuple[str, ...], rows: list[list[str]], marked: set[str] | frozenset[str] = frozenset()) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+def _table(listing: Listing) -> str:
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in listing.headings)
     body = "".join(
-        f"<tr{' class=mark' if row[0] in marked else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
-        for row in rows
+        f"<tr{' class=mark' if row[0] in listing.marked else ''}>"
+        f"{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        for row in listing.rows
     )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.4g}" if value < 100 else f"{value:,.0f}"

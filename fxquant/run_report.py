@@ -1,5 +1,5 @@
-"""What there is to say about finished runs, as numbers: the page, the text and the JSON of ``fxquant report`` show the
-same.
+"""What there is to say about finished runs, as numbers: the JSON of ``fxquant report`` holds them, and its page and its
+text have the same tables of them; the page's pictures show what lies between.
 
 All of it comes from the files of the runs; nothing is computed anew but shares and sums.
 """
@@ -7,11 +7,13 @@ All of it comes from the files of the runs; nothing is computed anew but shares 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from rich.markup import escape
 from rich.table import Table
 
 from . import checkpoint
+from .capacity import INPUT, WEIGHT
 from .dynamics import read_dynamics
 from .errors import CheckpointError
 
@@ -101,74 +103,141 @@ def cut_of(capacity: dict[str, Any]) -> dict[str, str]:
     return marked | dict.fromkeys(capacity["cuts"][0]["tensors"], "minimum cut")
 
 
+class Listing(NamedTuple):
+    """One table of a report; ``marked`` are first cells of rows to be made out."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    marked: frozenset[str] = frozenset()
+
+
+def listings(data: dict[str, Any]) -> dict[str, Listing]:
+    """:func:`collect`'s numbers as tables, for the page and the terminal alike."""
+    return {
+        "summary": Listing(f"{data['recipe']}, seed {data['seed']}", ("figure", "value"), _summary(data)),
+        "layers": _layers(data),
+        "capacity": _capacity(data["capacity"]),
+        "dynamics": _dynamics(data["dynamics"]),
+        "parity": _parity(data["parity"]),
+        "runs": _runs(data["runs"]),
+    }
+
+
 def tables(data: dict[str, Any]) -> list[Table]:
-    """:func:`collect`'s numbers for a terminal."""
-    summary = _table(f"{data['recipe']}, seed {data['seed']}", ("figure", "value"))
-    for name, value in data["accuracy"].items():
-        summary.add_row(f"accuracy, {name}", f"{value:.2f} %")
-    summary.add_row(
-        "mean bits, weights and activations", f"{data['mean_weight_bits']:.3f}, {data['mean_activation_bits']:.3f}"
-    )
-    summary.add_row("bit operations per image", f"{data['bops']:,.0f}")
-    summary.add_row("bytes, float and packed", "{float:,} {ideal:,}".format(**data["weights_bytes"]))
-    summary.add_row("converted equals trained, bit for bit", "yes" if data["exact"] else "NO")
-    for rollback in data["rollbacks"]:
-        summary.add_row("rolled back", rollback)
-    for rank, cut in enumerate(data["capacity"]["cuts"], 1):
-        summary.add_row(f"cut #{rank}", f"{_bits(cut['bits'])}: {', '.join(cut['tensors'])}")
-    cut = data["capacity"]["layer_cut"]
-    summary.add_row("smallest cut between 8-bit layers", f"{_bits(cut['bits'])}: {', '.join(cut['tensors'])}")
+    """:func:`listings` for a terminal."""
+    out = []
+    for listing in listings(data).values():
+        table = Table(title=listing.title, title_justify="left")
+        for heading in listing.headings:
+            table.add_column(heading, overflow="fold")
+        for row in listing.rows:
+            table.add_row(*(escape(cell) for cell in row))
+        out.append(table)
+    return out
 
-    layers = _table("Layers", ("layer", "kind", "W bits", "A bits", "weights", "bytes", "MACs", "BOPs"))
-    for row in data["layers"]:
-        figures = (
-            row.get(key) for key in ("weight_bits", "activation_bits", "weights", "weight_bytes", "macs", "bops")
-        )
-        layers.add_row(
-            row["layer"], row["kind"], *("-" if f is None else f"{f:,.6g}" if f < 100 else f"{f:,.0f}" for f in figures)
-        )
 
-    marked = cut_of(data["capacity"])
-    capacity = _table("Capacity", ("tensor", "bits", "elements", "bits/element", "bits", "cut"))
-    for row in data["capacity"]["tensors"]:
-        figures = (
+def _summary(data: dict[str, Any]) -> list[tuple[str, ...]]:
+    capacity, float_bytes, packed = data["capacity"], data["weights_bytes"]["float"], data["weights_bytes"]["ideal"]
+    return [
+        ("model, estimator", f"{data['model']}, {data['estimator']}"),
+        ("held-out images", f"{data['images']:,}"),
+        ("seconds", f"{data['seconds']:,.0f}"),
+        *((f"accuracy, {name}", f"{value:.2f} %") for name, value in data["accuracy"].items()),
+        ("mean bits, weights and activations", f"{data['mean_weight_bits']:.3f}, {data['mean_activation_bits']:.3f}"),
+        ("bit operations per image", f"{data['bops']:,.0f}"),
+        ("bytes, float and packed", f"{float_bytes:,} {packed:,}"),
+        ("converted equals trained, bit for bit", "yes" if data["exact"] else "NO"),
+        *(("rolled back", rollback) for rollback in data["rollbacks"]),
+        *((f"cut #{rank}", _cut(cut)) for rank, cut in enumerate(capacity["cuts"], 1)),
+        ("smallest cut between 8-bit layers", _cut(capacity["layer_cut"])),
+    ]
+
+
+def _layers(data: dict[str, Any]) -> Listing:
+    words, figures = ("layer", "kind", "estimator", "input_grid"), (
+        "weight_bits", "activation_bits", "weights", "weight_bytes", "macs", "bops",
+    )  # fmt: skip
+    headings = "layer", "kind", "estimator", "input grid", "W bits", "A bits", "weights", "bytes", "MACs", "BOPs"
+    rows = [
+        (*(row.get(key, "-") for key in words), *(_figure(row.get(key)) for key in figures)) for row in data["layers"]
+    ]
+    in_cut = frozenset(tensor.rsplit(".", 1)[0] for tensor in cut_of(data["capacity"]))
+    return Listing("Layers", headings, rows, in_cut)
+
+
+def _capacity(capacity: dict[str, Any]) -> Listing:
+    marked = cut_of(capacity)
+    rows = [
+        (
+            row["name"],
             f"{row['bits']:.4g}",
             f"{row['elements']:,}",
             f"{row['bits_per_element']:.2f}",
             f"{row['total']:,.0f}",
+            marked.get(row["name"], ""),
         )
-        capacity.add_row(row["name"], *figures, marked.get(row["name"], ""))
+        for row in capacity["tensors"]
+    ]
+    headings = "tensor", "bits", "elements", "bits/element", "bits per image", "cut"
+    return Listing("Capacity of each tensor", headings, rows, frozenset(marked))
 
-    dynamics = _table("Cuts while training", ("epoch", "network", "between 8-bit layers"))
-    for entry in data["dynamics"]:
-        dynamics.add_row(str(entry["epoch"]), _bits(entry["bits"]), _bits(entry["layer_cut"]["bits"]))
 
-    parity = _table("Parity", ("backend", "operator", "kernel", "max codes off", "share"))
-    for backend, found in data["parity"].items():
-        off = found["max_code_difference"]
-        parity.add_row(
-            backend, "all", f"argmax {found['argmax_agreement']:.2f} %", "-" if off is None else str(off), ""
+def _dynamics(entries: list[dict[str, Any]]) -> Listing:
+    def mean_bits(entry: dict[str, Any], kind: str) -> str:
+        bits = [tensor["bits"] for name, tensor in entry["tensors"].items() if name.endswith(kind)]
+        return f"{sum(bits) / len(bits):.3f}" if bits else "-"
+
+    rows = [
+        (
+            str(entry["epoch"]),
+            _bits(entry["bits"]),
+            _bits(entry["layer_cut"]["bits"]),
+            mean_bits(entry, f".{WEIGHT}"),
+            mean_bits(entry, f".{INPUT}"),
         )
+        for entry in entries
+    ]
+    headings = "epoch", "minimum cut", "cut between 8-bit layers", "mean W bits", "mean A bits"
+    return Listing("Cuts and widths while training", headings, rows)
+
+
+def _parity(lowered: dict[str, Any]) -> Listing:
+    rows = []
+    for backend, found in lowered.items():
+        off, same = found["max_code_difference"], f"argmax {found['argmax_agreement']:.2f} %"
+        rows.append((backend, "all", same, "-" if off is None else str(off), ""))
         for operator in found.get("operators", []):
             share = f"{operator['share_different']:.4%}"
-            parity.add_row(backend, operator["name"], operator["kernel"], str(operator["max_code_difference"]), share)
+            off = str(operator["max_code_difference"])
+            rows.append((backend, operator["name"], operator["kernel"], off, share))
+    return Listing("Parity", ("backend", "operator", "kernel", "max codes off", "share of codes"), rows)
 
-    runs = _table("Runs", ("recipe", "seed", "converted %", "float %", "W bits", "A bits", "BOPs", "bytes"))
-    for run in data["runs"]:
-        figures = [
-            f"{run[k]:.2f}"
-            for k in ("reference_accuracy", "float_accuracy", "mean_weight_bits", "mean_activation_bits")
-        ]
-        runs.add_row(run["recipe"], str(run["seed"]), *figures, f"{run['bops']:,.0f}", f"{run['weights_bytes']:,}")
-    return [summary, layers, capacity, dynamics, parity, runs]
+
+def _runs(runs: list[dict[str, Any]]) -> Listing:
+    percents = "reference_accuracy", "float_accuracy", "mean_weight_bits", "mean_activation_bits"
+    rows = [
+        (
+            run["recipe"],
+            str(run["seed"]),
+            *(f"{run[key]:.2f}" for key in percents),
+            f"{run['bops']:,.0f}",
+            f"{run['weights_bytes']:,}",
+            run["run"],
+        )
+        for run in runs
+    ]
+    headings = "recipe", "seed", "converted %", "float %", "W bits", "A bits", "BOPs", "bytes", "folder"
+    return Listing("Runs", headings, rows)
+
+
+def _cut(cut: dict[str, Any]) -> str:
+    return f"{_bits(cut['bits'])}: {', '.join(cut['tensors'])}"
 
 
 def _bits(value: float | None) -> str:
     return "unlimited" if value is None else f"{value:,.0f} bits"
 
 
-def _table(title: str, headings: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.6g}" if value < 100 else f"{value:,.0f}"

@@ -17,7 +17,7 @@ from fxquant import html, svg
 from fxquant.cli import app
 from fxquant.dynamics import CapacityRecorder, read_dynamics
 from fxquant.errors import CheckpointError
-from fxquant.run_report import collect, tables
+from fxquant.run_report import collect, listings, tables
 
 NUMBERS = st.floats(0, 1e12, allow_nan=False)
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=20)
@@ -111,6 +111,12 @@ def test_page_text_and_json_of_a_run_agree(run, tmp_path):
     assert "http" not in page.read_text().replace("http://www.w3.org/2000/svg", "")
     assert "<script" not in page.read_text()
     assert len(data["runs"]) == 2
+    shown = " ".join(done.output.split())
+    for listing in listings(data).values():
+        assert listing.rows
+        for cell in {cell for row in listing.rows for cell in row}:
+            assert cell in " ".join(read.text.split()), cell
+            assert cell in shown, cell
     for text in (read.text, done.output):
         for value in data["accuracy"].values():
             assert f"{value:.2f}" in text
