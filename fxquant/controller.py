@@ -9,7 +9,7 @@ from .errors import CheckpointError, SpecError
 from .estimators import Estimator
 from .freeze import hold_batch_norm
 from .grid import check_bits
-from .schedule import staircase
+from .schedule import require_in_time, staircase
 from .spec import Budget
 from .widths import fix_widths, require_reachable
 
@@ -57,11 +57,8 @@ class Controller:
             raise SpecError(f"finetune={finetune!r} was asked for; it is a share of the steps, from 0 to below 1")
         if freeze_batch_norm is not None and freeze_batch_norm < 0:
             raise SpecError(f"freeze_batch_norm={freeze_batch_norm!r} was asked for; it is a number of steps")
-        if start_bits is not None and not 0 < squeeze <= 1 - finetune:
-            raise SpecError(
-                f"squeeze={squeeze!r} was asked for with finetune={finetune!r}; widths come down before they are "
-                "fine-tuned, so the two shares of the steps are at most 1 together"
-            )
+        if start_bits is not None:
+            require_in_time(squeeze, finetune)
         require_reachable(model, budget)
         self.model, self.total_steps, self.budget = model, total_steps, budget
         self.freeze_batch_norm = freeze_batch_norm
@@ -73,8 +70,9 @@ class Controller:
             if isinstance(estimator, Estimator)
             for name, schedule in estimator.schedules(self.finetune_begins).items()
         ]
+        down = min(squeeze * total_steps, self.finetune_begins, total_steps - 1)  # a step at least for the last
         self._widths = [
-            (estimator, staircase(check_bits(start_bits, "start_bits"), estimator.bits, squeeze * total_steps))
+            (estimator, staircase(check_bits(start_bits, "start_bits"), estimator.bits, down))
             for estimator in model.modules()
             if isinstance(estimator, Estimator) and start_bits is not None and _comes_down(estimator, start_bits)
         ]
@@ -105,7 +103,7 @@ class Controller:
             setattr(estimator, name, schedule(self.steps_done))
         changed = False
         for estimator, width in self._widths:
-            if self.phase == "train" and estimator.whole_bits != (bits := width(self.steps_done)):
+            if estimator.whole_bits != (bits := width(self.steps_done)):
                 estimator.change_width(bits)
                 changed = True
         hold = self.freeze_batch_norm is not None and self.steps_done >= self.freeze_batch_norm

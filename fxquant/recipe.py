@@ -19,6 +19,7 @@ from .grid import check_bits
 from .hardware import has_vnni
 from .loss import DISTILLATIONS
 from .pixels import SIZE
+from .schedule import require_in_time
 from .sensitivity import METHODS
 from .spec import Budget, Rule, check_options, get_backend
 
@@ -172,11 +173,8 @@ class TrainSection(_Training):
 
     @model_validator(mode="after")
     def _in_time(self) -> TrainSection:
-        if self.start_bits is not None and self.squeeze + self.finetune > 1:
-            raise SpecError(
-                f"squeeze = {self.squeeze} with finetune = {self.finetune}: widths come down before they are "
-                "fine-tuned, so the two are at most 1 together"
-            )
+        if self.start_bits is not None:
+            require_in_time(self.squeeze, self.finetune)
         return self
 
 

@@ -60,6 +60,15 @@ def staircase(start: int, end: int, steps: float) -> Schedule:
     return lambda step: end + math.ceil((start - end) * (1 - _fraction(step, steps)))
 
 
+def require_in_time(squeeze: float, finetune: float) -> None:
+    """Raises :class:`SpecError` where widths would still come down while what ships is fine-tuned."""
+    if not 0 < squeeze <= 1 - finetune + 1e-9:  # shares such as 0.33 and 0.67 do not add up in binary
+        raise SpecError(
+            f"squeeze={squeeze!r} was asked for with finetune={finetune!r}; widths come down before they are "
+            "fine-tuned, so the two shares of the steps are at most 1 together"
+        )
+
+
 def _fraction(step: float, steps: float) -> float:
     """How much of an interval of ``steps`` steps has passed at ``step``, in [0, 1]."""
     if steps <= 0:

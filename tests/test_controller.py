@@ -330,6 +330,23 @@ def test_widths_come_down_one_bit_at_a_time(with_vnni, images, estimator):
     torch.testing.assert_close(layer.weight_fake_quant.calculate_qparams()[0], before)
 
 
+@pytest.mark.parametrize("estimator", ["lsq", "pege", "nipq"])
+@pytest.mark.parametrize(("squeeze", "finetune"), [(0.5, 0.5), (0.33, 0.67), (1.0, 0.0), (0.25, 0.5)])
+@pytest.mark.parametrize("total", [4, 5, 16])
+def test_widths_that_come_down_reach_the_rule_s_own(images, estimator, squeeze, finetune, total):
+    model = fxquant.prepare(TinyResidual(), [Rule("*", 2, 2, estimator=estimator)], calibration=[images]).train()
+    controller = Controller(model, total, start_bits=4, squeeze=squeeze, finetune=finetune)
+    widths = []
+    for _ in range(total):
+        model(images)
+        widths.append(model.get_submodule("conv1").weight_fake_quant.whole_bits)
+        controller.step()
+    assert widths[0] == 4
+    assert widths[-1] == 2
+    assert controller.final or finetune == 0
+    assert set(fxquant.freeze(model).values()) == {(2, 2)}
+
+
 def test_a_squeeze_that_leaves_no_time_is_refused(images):
     with pytest.raises(SpecError, match=r"squeeze=0.8 was asked for with finetune=0.25; widths come down before"):
         Controller(prepared(images, "lsq", 2), 8, start_bits=4, squeeze=0.8)

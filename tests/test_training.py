@@ -136,6 +136,7 @@ def test_with_every_piece_a_run_that_was_cut_ends_with_the_same_integers(tmp_pat
         assert torch.equal(tensor, read_back.reference.state_dict()[name]), name
     assert whole.report.reference_equals_fake_quant
     assert "dampening" in whole.result["history"][-1]
+    assert {(row["weight_bits"], row["activation_bits"]) for row in whole.result["layers"][1:-1]} == {(2, 2)}
 
 
 @pytest.mark.parametrize(
