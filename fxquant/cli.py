@@ -436,7 +436,13 @@ def bench_accuracy(
 
     chosen = accuracy.recipes_of(recipes, seeds, overrides, epochs)
     with _Bars(out) as bars:
-        results = accuracy.carry_out(chosen, output, progress=bars, watch=lambda line: err.print(line, markup=False))
+        results = accuracy.carry_out(
+            chosen,
+            output,
+            progress=bars,
+            watch=lambda line: err.print(line, markup=False),
+            so_far=lambda found: accuracy.write(accuracy.rows(found), output),
+        )
     table = accuracy.rows(results)
     files = accuracy.write(table, output)
     out.print(accuracy.markdown(table), markup=False, highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ import pytest
 
 from fxquant import checkpoint, cli
 from fxquant.bench import accuracy
-from fxquant.errors import CheckpointError, ParityError, SpecError
+from fxquant.errors import CheckpointError, DivergenceError, FxQuantError, ParityError, SpecError
 from fxquant.recipe import RecipeError
 
 from .conftest import RECIPES
@@ -77,6 +77,34 @@ def test_what_is_finished_is_kept_and_what_was_cut_goes_on(finished, monkeypatch
     assert lines == ["going on with digits_w4a4_lsq, seed 1"]
     drop = lambda result: {k: v for k, v in result.items() if k not in ("seconds", "file_bytes")}  # noqa: E731
     assert drop(again[-1]) == drop(json.loads(before))
+
+
+def test_a_run_that_fails_keeps_no_other_from_its_row(finished, monkeypatch):
+    recipes, output, results = finished
+    folder = accuracy.folder_of(recipes[0], output)
+    kept = (folder / checkpoint.RESULT).read_bytes()
+    (folder / checkpoint.RESULT).unlink()
+
+    def diverge(recipe, *args, **kwargs):
+        raise DivergenceError("the loss became NaN in 'conv1'")
+
+    found, lines = [], []
+    monkeypatch.setattr(accuracy, "run", diverge)
+    with pytest.raises(FxQuantError, match=r"1 of 4 runs failed. float, seed 0: the loss became NaN in 'conv1'"):
+        accuracy.carry_out(recipes, output, watch=lines.append, so_far=lambda results: found.append(list(results)))
+    assert [(r["recipe"], r["seed"]) for r in found[-1]] == [(r["recipe"], r["seed"]) for r in results[1:]]
+    assert len(found) == 3
+    assert lines[-1] == "float, seed 0: the loss became NaN in 'conv1'"
+    (folder / checkpoint.RESULT).write_bytes(kept)
+
+
+def test_the_gap_is_to_the_float_run_of_the_same_model_and_data(finished):
+    alone, _, quantized, _ = json.loads(json.dumps(finished[2]))
+    assert accuracy.rows([alone, quantized])[1].gap
+    for key in ("model", "data"):
+        assert not accuracy.rows([alone | {key: "another"}, quantized])[1].gap
+    with pytest.raises(SpecError, match=r"two float recipes train .* for 2 epochs from seed 0, so the gap"):
+        accuracy.rows([alone, alone | {"recipe": "other"}, quantized])
 
 
 def test_a_folder_of_another_recipe_is_refused_before_anything_runs(finished, paths):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import checkpoint
-from ..errors import ParityError, SpecError
+from ..errors import FxQuantError, ParityError, SpecError, WriteError
 from ..files import write_text
 from ..recipe import Recipe, RecipeError, load_recipe
 from ..report import mean_deviation
@@ -70,21 +70,38 @@ def carry_out(
     *,
     progress: Progress | None = None,
     watch: Callable[[str], None] = lambda line: None,
+    so_far: Callable[[list[dict[str, Any]]], None] = lambda results: None,
 ) -> list[dict[str, Any]]:
     """The results of all recipes, in their order: read where there is one, else from a run or the rest of one.
 
+    Args:
+        watch: told of each run.
+        so_far: given the results up to then after each run. A run that fails does not keep those behind it from theirs.
+
     Raises:
         CheckpointError: where a folder holds a run of another recipe, before anything is run.
-        FxQuantError: as :func:`fxquant.train.run`.
+        WriteError: where nothing more can be written.
+        FxQuantError: after all others, where runs failed: which, and why.
     """
     begun = [checkpoint.holds_run_of(folder_of(recipe, output), recipe) for recipe in recipes]
-    results = []
+    results: list[dict[str, Any]] = []
+    failed: list[str] = []
     for recipe, resume in zip(recipes, begun, strict=True):
         folder = folder_of(recipe, output)
         if not (folder / checkpoint.RESULT).exists():
             watch(f"{'going on with' if resume else 'running'} {recipe.name}, seed {recipe.seed}")
-            run(recipe, folder, resume=resume, progress=progress)
+            try:
+                run(recipe, folder, resume=resume, progress=progress)
+            except WriteError:
+                raise
+            except FxQuantError as error:
+                failed.append(f"{recipe.name}, seed {recipe.seed}: {error}")
+                watch(failed[-1])
+                continue
         results.append(checkpoint.read_result(folder) | {"file_bytes": _file_bytes(folder)})
+        so_far(results)
+    if failed:
+        raise FxQuantError(f"{len(failed)} of {len(recipes)} runs failed. {'. '.join(failed)}")
     return results
 
 
@@ -103,7 +120,7 @@ class Row:
         fake_quant: evaluated in float, before scales are frozen.
         reference: of the integers.
         lowered: of the first backend that the recipe lowers to.
-        gap: reference less the float recipe of as many epochs and the same seed, where the table has one.
+        gap: reference less the float recipe of the same model, data set, epochs and seed, where the table has one.
         bops: bit operations an image.
         file_bytes: of ``model.fxq``, or of the float weights.
         exact: whether the reference equals what trained, and every backend agrees with it as far as it must.
@@ -126,32 +143,47 @@ class Row:
 
 
 def rows(results: Sequence[dict[str, Any]]) -> list[Row]:
-    """One row a recipe, in the order of the results."""
-    floats = {_key(result): result["float_accuracy"] for result in results if result["estimator"] is None}
+    """One row a recipe, in the order of the results.
+
+    Raises:
+        SpecError: two float recipes that the gap could be to.
+    """
+    floats: dict[tuple, float] = {}
+    for result in (result for result in results if result["estimator"] is None):
+        if _key(result) in floats:
+            raise SpecError(
+                f"two float recipes train {result['model']} for {_epochs(result)} epochs from seed {result['seed']}, "
+                f"so the gap could be to either; leave one out ({result['recipe']!r}, or the one before it)"
+            )
+        floats[_key(result)] = result["float_accuracy"]
     groups: dict[str, list[dict]] = {}
     for result in results:
         groups.setdefault(result["recipe"], []).append(result)
     return [_row(recipe, runs, floats) for recipe, runs in groups.items()]
 
 
-def _key(result: dict[str, Any]) -> tuple[int, int]:
-    """(epochs, seed): of two runs with the same, one may stand beside the other."""
-    return sum(result["epochs"].values()), result["seed"]
+def _key(result: dict[str, Any]) -> tuple:
+    """What two runs have in common of which one may stand beside the other; older ones do not say their data."""
+    return result["model"], result.get("data"), _epochs(result), result["seed"]
 
 
-def _row(recipe: str, runs: list[dict], floats: dict[tuple[int, int], float]) -> Row:
+def _epochs(result: dict[str, Any]) -> int:
+    return sum(result["epochs"].values())
+
+
+def _row(recipe: str, runs: list[dict], floats: dict[tuple, float]) -> Row:
     first = runs[0]
     if first["estimator"] is None:
         accuracies = [result["float_accuracy"] for result in runs]
         size = first["file_bytes"]
-        return Row(recipe, "float", 32, 32, _key(first)[0], len(runs), accuracies, [], [], [], [], None, size, True)
+        return Row(recipe, "float", 32, 32, _epochs(first), len(runs), accuracies, [], [], [], [], None, size, True)
     backend = next(iter(first["lowered"]), None)
     return Row(
         recipe,
         first["estimator"],
         first["mean_weight_bits"],
         first["mean_activation_bits"],
-        _key(first)[0],
+        _epochs(first),
         len(runs),
         [result["float_accuracy"] for result in runs],
         [result["simulated"]["accuracy"] for result in runs],

@@ -396,6 +396,7 @@ class _Run:
             "recipe": recipe.name,
             "recipe_digest": recipe.digest(),
             "model": recipe.model.name,
+            "data": recipe.data.name,
             "seed": recipe.seed,
             "epochs": {"float": recipe.float_training.epochs, "quantized": epochs},
             "computed_in": {stage: str(dtype).removeprefix("torch.") for stage, dtype in dtypes.items()},
