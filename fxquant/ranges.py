@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,9 @@ METHODS = ("minmax", "percentile", "mse")
 _SAMPLE_PER_BATCH = 65_536
 _LARGEST = torch.finfo(torch.float32).max / 4  # so that twice a range, and the distance of its ends, are numbers
 _SHRINK = torch.linspace(1.0, 0.1, 46)
+# Where the best of these is small, or the extreme an outlier, small ones five per cent apart are tried too.
+_SMALL, _OUTLIER = 0.2, 8.0  # a factor; times the root of the mean square
+_SHRINK_SMALL = torch.logspace(math.log10(0.22), -3, 108)
 
 
 class RangeObserver:
@@ -95,7 +100,7 @@ class RangeObserver:
         * ``minmax``: the extremes.
         * ``percentile``: the smallest interval that leaves ``(100 - percentile)/2`` per cent of the values
           beyond either end (of |x| for a symmetric grid).
-        * ``mse``: the extremes shrunk by the factor in [0.1, 1] that makes the quantized tensor nearest to the
+        * ``mse``: the extremes shrunk by the factor in [0.001, 1] that makes the quantized tensor nearest to the
           original in squared error. On the binary grid this is E|x|, in closed form.
 
         The interval is widened to contain 0; symmetric ranges have ``low = -high``.
@@ -147,14 +152,27 @@ def _best_shrink(rows: Tensor, low: Tensor, high: Tensor, bits: int, scheme: str
         channels = max(_BLOCK // rows.shape[1], 1)  # so that what all candidates read stays in the cache
         parts = zip(rows.split(channels), low.split(channels), high.split(channels), strict=True)
         return torch.cat([_best_shrink(*part, bits, scheme) for part in parts])
+    best, error = _best_of(_SHRINK, rows, low, high, bits, scheme)
+    usual = rows.square().mean(1).sqrt()
+    small = (best <= _SMALL) | (torch.maximum(-low, high) > _OUTLIER * usual)
+    if small.any():
+        tried, other = _best_of(_SHRINK_SMALL, rows[small], low[small], high[small], bits, scheme)
+        best[small] = torch.where(other < error[small], tried, best[small])
+    return best
+
+
+def _best_of(
+    candidates: Tensor, rows: Tensor, low: Tensor, high: Tensor, bits: int, scheme: str
+) -> tuple[Tensor, Tensor]:
+    """The best of the factors, [C], and its mean squared error, [C]."""
     quant_min, quant_max = grid.bounds(bits, scheme)
     best_error = torch.full_like(high, torch.inf)
     best = torch.ones_like(high)
-    for shrink in _SHRINK.tolist():
+    for shrink in candidates.tolist():
         step, zero = (v[:, None] for v in step_and_zero(low * shrink, high * shrink, bits, scheme))
         q = grid.quantize(rows, step, zero, quant_min, quant_max)
         error = (grid.dequantize(q, step, zero) - rows).square_().mean(1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = torch.where(better, shrink, best)
-    return best
+    return best, best_error

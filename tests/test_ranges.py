@@ -87,6 +87,19 @@ def test_least_squares_are_near_the_optimum(scheme, bits, power):
         assert (searched < 0.9 * error(x, low, high, bits, scheme)).all()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize("outlier", [10, 100])
+def test_least_squares_are_near_the_optimum_where_one_value_lies_far_out(scheme, bits, outlier):
+    x = torch.randn(2, 20_000)
+    x = x.abs() if scheme == "one_sided" else x
+    x[:, 0] = outlier * x.abs().max()
+    observer = observed(x, axis=0)
+    low, high = observer.range("minmax", bits, scheme, 99.0)
+    best = torch.stack([error(x, low * f, high * f, bits, scheme) for f in torch.logspace(-3, 0, 400).tolist()]).amin(0)
+    assert (error(x, *observer.range("mse", bits, scheme, 99.0), bits, scheme) <= 1.05 * best).all()
+
+
 def test_least_squares_of_the_binary_grid():
     """E|x| in closed form, and no other level does better."""
     x = torch.randn(3, 500) ** 3
