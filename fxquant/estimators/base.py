@@ -15,7 +15,7 @@ from .._torch_ao import FakeQuantizeBase
 from ..distributed import mean_gradient
 from ..errors import SpecError
 from ..schedule import Schedule
-from .functions import BinaryFunction, StraightThroughFunction
+from .functions import BinaryFunction, ClampFunction, StraightThroughFunction
 
 Bits = int | tuple[int, int]
 
@@ -233,7 +233,11 @@ class Estimator(FakeQuantizeBase):
         if self.zero_fraction is None or self.grid_scheme != "affine":
             return self.frozen_zero_point  # zeros: the grid is symmetric or one-sided
         levels = self.quant_max - self.quant_min if levels is None else levels
-        return grid.round_straight_through(self.zero_fraction.clamp(0, 1) * levels)
+        return grid.round_straight_through(self._zero_share() * levels)
+
+    def _zero_share(self) -> Tensor:
+        """``zero_fraction`` in [0, 1]; one that has left it gets the gradients that bring it back."""
+        return ClampFunction.apply(self.zero_fraction, 0.0, 1.0)
 
     def step(self) -> Tensor:
         """The step that forward uses, [channels]: the frozen one bit for bit, else :meth:`scale`."""

@@ -160,6 +160,22 @@ class StraightThroughFunction(torch.autograd.Function):
         return *straight_through_gradients(ctx, grad), None, None, None, None
 
 
+class ClampFunction(torch.autograd.Function):
+    """Clamp a parameter to [low, high]; beyond an end only the gradients pass that descent follows back inside."""
+
+    @staticmethod
+    def forward(ctx, x, low, high):
+        ctx.save_for_backward(x)
+        ctx.ends = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,), (low, high) = ctx.saved_tensors, ctx.ends
+        outward = ((x < low) & (grad > 0)) | ((x > high) & (grad < 0))
+        return grad.masked_fill(outward, 0.0), None, None
+
+
 class BinaryFunction(torch.autograd.Function):
     """The grid of two levels, ``-s`` and ``+s``: its range is their two cells, ``|x| <= 2s``.
 

@@ -1,8 +1,8 @@
 """GDNSQ: Gradual Differentiable Noise Scale Quantization (arXiv 2508.14004).
 
 A quantized network is a chain of noisy channels. GDNSQ learns the noise scale (step) and range of each, starts
-them at a high width and squeezes the widths to their targets by an exterior-point penalty; the task loss is the
-Jeffreys divergence to the float model (:class:`fxquant.QATLoss`, ``distillation="jeffreys"``). From the authors'
+them at a high width and squeezes the widths to their targets by an exterior-point penalty; the authors' task loss is
+the Jeffreys divergence to the float model (:class:`fxquant.QATLoss`, ``distillation="jeffreys"``). From the authors'
 code fxquant takes: ``log2 s`` learned per activation tensor and per weight channel, ``log2 q`` (range) per
 activation tensor, a weight's range being its own; the gradient to s with the rounding residual replaced by a random
 sign times ``1/sqrt(12)``; the hinge ``max(0, b - (target - 1e-3))``, averaged over weights and over activations,
@@ -15,6 +15,7 @@ that is 0 during warm-up and then grows linearly. Where fxquant departs:
 * when the squeeze is over, the grid is whole and s is a step again: the next tensor seen fits it anew (by ``init``),
   and from then on its gradient is the residual itself. On digits at W2A2, seed 0, refitting moves the converted
   accuracy from 90.0 to 95.5 %, for min-max ends at 2 bits leave most weights at 0;
+* our recipes add the cross-entropy to that divergence (``task_weight = 0`` leaves it out), and train with Adam;
 * a target of 1 bit for weights uses the binary grid from the start, for there is no grid between two levels and
   three to be squeezed through.
 """
@@ -47,8 +48,8 @@ class GDNSQ(LearnedStep):
             no penalty without :class:`fxquant.QATLoss`) starts at the target, as a whole grid.
         noise_gradient: whether the step's gradient is that of a noise scale while widths are squeezed, as in
             the paper; False takes the residual (LSQ-like).
-        warmup: share of the training steps without penalty.
-        temperature: what the penalty's temperature has grown to at the end of training.
+        warmup: share without penalty of the steps before fine-tuning.
+        temperature: what the penalty's temperature has grown to when fine-tuning begins.
     """
 
     name = "gdnsq"
@@ -158,7 +159,7 @@ class GDNSQ(LearnedStep):
             extent = self._extent()
             if self.scheme == "symmetric":
                 return -extent, extent
-            share = self.zero_fraction.clamp(0, 1) if self.grid_scheme == "affine" else torch.zeros_like(extent)
+            share = self._zero_share() if self.grid_scheme == "affine" else torch.zeros_like(extent)
             return -share * extent, (1 - share) * extent
         return super().range()
 

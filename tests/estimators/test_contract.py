@@ -280,6 +280,24 @@ def test_zero_fraction_rests_without_clipping(name, scheme):
     assert moved(estimator, before)[1] == ({"raw_range"} if name == "nipq" else {"log2_scale"})
 
 
+@pytest.mark.parametrize("name", ["lsq", "ewgs", "pege", "gdnsq"])
+@pytest.mark.parametrize(("fraction", "sign"), [(-0.01, -1), (1.01, 1)])
+def test_a_zero_fraction_beyond_its_range_comes_back(name, fraction, sign):
+    """Negative data on a grid from 0 up, and the other way round: all are clipped until the zero-point moves."""
+    x = sign * torch.rand(256)
+    estimator = ESTIMATORS[name](4, scheme="affine")
+    estimator.initialize_from(torch.linspace(-1, 1, 256))
+    gradients = {}
+    for wanted in (x, -x):
+        with torch.no_grad():
+            estimator.zero_fraction.fill_(fraction)
+        estimator.zero_fraction.grad = None
+        (estimator.train()(x) - wanted).square().sum().backward()
+        gradients[wanted is x] = float(estimator.zero_fraction.grad)
+    assert gradients[True] * (fraction - 0.5) > 0, "descent brings it back"
+    assert gradients[False] == 0, "and takes it no farther out"
+
+
 @pytest.mark.parametrize("variant", LEARNED)
 def test_learned_width_moves(variant):
     """A learned width has a gradient: from the task in NIPQ, from the step and the range in GDNSQ."""
