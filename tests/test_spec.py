@@ -92,7 +92,7 @@ def test_all_whole_widths_are_taken(bits):
     [
         ((8, 2), r"weight_bits=\(8, 2\) was asked for; the lowest width must be below the highest"),
         ((4, 4), r"the lowest width must be below the highest"),
-        ((2, 4, 8), r"a learned width is a pair \(lowest, highest\)"),
+        ((2, 4, 8), r"an interval of widths is a pair \(lowest, highest\)"),
         ((0, 8), r"weight_bits=0 was asked for; widths are whole numbers"),
         ((2, 9), r"weight_bits=9 was asked for; widths are whole numbers"),
     ],

@@ -37,7 +37,7 @@ class PEGE(LearnedStep):
         kappa: how fast the curriculum starts, > 0.
         delta: strength of the element-wise gradient scaling, >= 0; 0 is the STE.
         weight: λ, weight of the discretization error in the objective, >= 0.
-        curriculum: share of the training steps over which p goes from 0 to 1, in [0, 1].
+        curriculum: share of the steps before fine-tuning over which p goes from 0 to 1, in [0, 1].
 
     Without a :class:`fxquant.Controller` the curriculum counts as over (p = 1).
     """
