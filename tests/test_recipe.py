@@ -156,10 +156,18 @@ def test_an_ablation_differs_in_one_piece(path):
     base = load_recipe(RECIPES / f"resnet20_cifar10_{'_'.join(path.stem.split('_')[:2])}.toml")
     ours, theirs = recipe.model_dump(), base.model_dump()
     sections = [key for key in ours if key != "name" and ours[key] != theirs[key]]
-    assert sections in (["train"], ["rules"])
-    changed = [key for key in ours["train"] if ours["train"][key] != theirs["train"][key]]
-    together = (["start_bits", "squeeze"], ["schedule", "finetune"], [])
-    assert len(changed) == 1 or changed in together
+    assert sections in (["train"], ["rules"], ["quantization"], ["data", "train"])
+    changed = [f"{s}.{key}" for s in sections if s != "rules" for key in ours[s] if ours[s][key] != theirs[s][key]]
+    together = (
+        ["train.squeeze", "train.start_bits"],
+        ["train.finetune", "train.schedule"],
+        ["data.validation", "train.select"],
+        [],
+    )
+    assert len(changed) == 1 or sorted(changed) in together
+    if "quantization" in sections:
+        before, after = (values["quantization"]["options"] for values in (theirs, ours))
+        assert len({key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}) == 1
 
 
 def test_rules_of_w4a4():

@@ -29,6 +29,7 @@ from .passes import add_product_, add_sum_, each, sums_like
 from .recompute import attach
 
 SAMPLERS = ("roll", "bootstrap", "histogram")
+NO_NOISE = "none"
 
 
 class NIPQ(Estimator):
@@ -38,7 +39,7 @@ class NIPQ(Estimator):
         bits: whole width, or (lowest, highest) to learn it.
         sampler: ``roll`` gives each element the residual of another, at a random distance that all have in common;
             ``bootstrap`` draws them one by one, ``histogram`` from 256 bins of them. What is clipped on the binary grid
-            leaves gaps, so that ``roll`` draws one by one there.
+            leaves gaps, so that ``roll`` draws one by one there. ``none`` rounds truly from the start, for comparison.
         initial_width: where a learned width starts, as a share of the interval, in (0, 1).
     """
 
@@ -53,8 +54,8 @@ class NIPQ(Estimator):
         initial_width: float = 0.9,
         **options,
     ):
-        if sampler not in SAMPLERS:
-            raise SpecError(f"sampler={sampler!r} was asked for; known: {', '.join(SAMPLERS)}")
+        if sampler not in (*SAMPLERS, NO_NOISE):
+            raise SpecError(f"sampler={sampler!r} was asked for; known: {', '.join((*SAMPLERS, NO_NOISE))}")
         if not 0 < initial_width < 1:
             raise SpecError(f"initial_width={initial_width!r} was asked for; it lies between 0 and 1")
         super().__init__(bits, **options)
@@ -108,7 +109,7 @@ class NIPQ(Estimator):
     @property
     def noise(self) -> bool:
         """Whether training still replaces rounding by noise."""
-        return not self._noise_off
+        return not self._noise_off and self.sampler != NO_NOISE
 
     @property
     def settled(self) -> bool:

@@ -211,6 +211,15 @@ def test_noise_is_off_once_the_width_is_fixed(scheme, bits, axis):
     assert_sums_close(estimator.raw_range.grad, expected_alpha.flatten() * by_raw, size)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_without_noise_training_rounds_truly_from_the_start(bits):
+    estimator, _, _ = make(NIPQ, bits, "symmetric", None, sampler="none")
+    x = torch.randn(SHAPE)
+    assert not estimator.noise
+    assert estimator.settled
+    assert torch.equal(estimator.train()(x), estimator.eval()(x))
+
+
 def test_fixing_a_learned_width():
     """The whole grid on the same range; the width learns no more, and its parameter stays where it is."""
     estimator, _, _ = make(NIPQ, (2, 8), "affine", None)
