@@ -84,11 +84,14 @@ class PEGE(LearnedStep):
         return out
 
     def discretization_error(self, x: Tensor) -> Tensor:
-        """``mean(((x - Q(x))/Δ)²)``, a scalar; differentiable in x, with Δ held (a larger step is no cure)."""
+        """``mean(((x - Q(x))/Δ)²)``, a scalar; differentiable in x, with Δ held (a larger step is no cure).
+
+        Δ is the distance of neighbouring levels: the step, and ``2s`` on the binary grid.
+        """
         with torch.no_grad():
             step, zero = self._viewed(self.scale(), x), self._viewed(self.zero_point(), x)
             nearest = grid.dequantize(self._quantize(x, step, zero), step, zero)
-        return ((x - nearest) / step).square().mean()
+        return ((x - nearest) / (2 * step if self.binary else step)).square().mean()
 
     @classmethod
     def regularizer(cls, estimators: Sequence[Estimator], task_loss: Tensor) -> Tensor | None:

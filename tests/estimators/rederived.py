@@ -102,9 +102,10 @@ def pege_gradient(
 
 
 def discretization_error(x: Tensor, step: Tensor, zero: Tensor, bits: int, scheme: str) -> tuple[Tensor, Tensor]:
-    """mean(((x - Q(x))/Δ)²) and its gradient to x, Q(x) and Δ held."""
-    distance = (x - quantize(x, step, zero, bits, scheme)[1]) / step
-    return distance.square().mean(), 2 * distance / step / x.numel()
+    """mean(((x - Q(x))/Δ)²) and its gradient to x, Q(x) and Δ held; Δ is what lies between two levels."""
+    apart = 2 * step if is_binary(bits, scheme) else step
+    distance = (x - quantize(x, step, zero, bits, scheme)[1]) / apart
+    return distance.square().mean(), 2 * distance / apart / x.numel()
 
 
 # ---- NIPQ ------------------------------------------------------------------------------------------------
