@@ -47,7 +47,8 @@ def test_the_best_of_all_choices_within_bounds_and_ties(macs, weights, losses, s
     allowed = [
         choice
         for choice in every_choice(options)
-        if all(bound.holds(choice) for bound in bounds) and all(choice[m][i] == choice[n][j] for (m, i), (n, j) in ties)
+        if all(bound.holds(choice) for bound in bounds)
+        and all(len({choice[layer][side] for layer, side in group}) == 1 for group in ties)
     ]
     program = Program(options, bounds, ties)
     if not allowed:
