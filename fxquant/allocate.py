@@ -20,7 +20,7 @@ from .estimators import check_interval
 from .integer_program import Flow, Program, Side, Solution, joined_ties
 from .layers import QATLayer
 from .mincut import SINK, graph_arcs, minimum_cut
-from .prepare import PreparedInfo, engine_limits, prepared_info
+from .prepare import PreparedInfo, prepared_info
 from .sensitivity import Sensitivity, measure_sensitivity
 from .spec import Budget, Rule, resolve_rules
 
@@ -139,9 +139,9 @@ def allocate(
             name: tuple(sorted({pair[side] for pair in pairs}) for side in (0, 1)) for name, pairs in measured.items()
         }
         sensitivity = measure_sensitivity(model, data, sensitivity, candidates, max_batches=max_batches)
+    _require_measured(sensitivity, options, sides, free)
     began = time.perf_counter()
     program = Program(options, bounds, ties, seconds)
-    _require_measured(sensitivity, options, free)
     if sensitivity.method == "capacity":
         solution, predicted = _largest_cut(program, model, sensitivity, sides)
     else:
@@ -166,9 +166,11 @@ def allocate(
     return Allocation(sensitivity.method, solution.widths, rules, spent, predicted, solution.gap, elapsed)
 
 
-def _require_measured(found: Sensitivity, options: dict[str, list[tuple[int, int]]], free: set[str]) -> None:
+def _require_measured(
+    found: Sensitivity, options: dict[str, list[tuple[int, int]]], sides: dict[str, Side], free: set[str]
+) -> None:
     """Raises :class:`SpecError` where a width in question was not measured; it would count as costing nothing."""
-    for tensor, (name, side) in _sides(options).items():
+    for tensor, (name, side) in sides.items():
         asked = {pair[side] for pair in options[name]} if name in free or found.method == "capacity" else set()
         if missing := sorted(asked - found.tensors.get(tensor, {}).keys()):
             raise SpecError(
@@ -233,7 +235,7 @@ def _options(
 
 
 def _runs(layer: QATLayer, info: PreparedInfo, weight_bits: int, activation_bits: int) -> bool:
-    limits, _ = engine_limits(layer, info.backend, weight_bits, vnni=info.vnni)
+    limits = info.widest(layer, weight_bits)
     return weight_bits <= limits["weight_bits"] and activation_bits <= limits["activation_bits"]
 
 

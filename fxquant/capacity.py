@@ -38,7 +38,7 @@ from .estimators import Estimator
 from .graph import called_module
 from .grid import MAX_BITS
 from .layers import QATLayer
-from .prepare import _images, engine_limits, prepared_info
+from .prepare import _images, prepared_info
 
 FLOAT_BITS = 24
 """Significant bits of float32: the most that an element which is not quantized itself can carry."""
@@ -150,7 +150,7 @@ def _power(rows: Tensor) -> Tensor:
     return rows.square().sum(1, dtype=torch.float64)
 
 
-def channel_axis(x: Tensor, channels_last: bool = False) -> int:
+def channel_axis(x: Tensor, channels_last: bool) -> int:
     """Axis of the channels of a tensor between layers: 1 of [N, C, H, W], the last of tokens, vectors, [N, H, W, C]."""
     return 1 if x.ndim == 4 and not channels_last else -1
 
@@ -301,8 +301,7 @@ class _Probe:
     def capacities(self) -> dict[str, TensorCapacity]:
         out, widest = {}, {}
         for name, layer in self.layers.items():
-            weight_bits = layer.weight_fake_quant.whole_bits
-            limits, _ = engine_limits(layer, self.info.backend, weight_bits, vnni=self.info.vnni)
+            limits = self.info.widest(layer, layer.weight_fake_quant.whole_bits)
             widest |= {f"{name}.{WEIGHT}": limits["weight_bits"], f"{name}.{INPUT}": limits["activation_bits"]}
         for name, (kind, bits, powers) in self.found.items():
             signal, rounding, clipping, noise = (float(part.mean()) for part in powers.powers())

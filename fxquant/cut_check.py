@@ -26,7 +26,7 @@ from .errors import SpecError
 from .freeze import settle
 from .grid import MAX_BITS
 from .layers import QATLayer
-from .prepare import PreparedInfo, engine_limits, prepare, prepared_info
+from .prepare import PreparedInfo, prepare, prepared_info
 from .sensitivity import Candidates, measure_sensitivity
 from .spec import RESIDUAL_BITS, Rule, check_count
 
@@ -151,7 +151,7 @@ def check_cut(
 
 
 def _below_full(rule: Rule, layer: QATLayer, info: PreparedInfo) -> bool:
-    widest, _ = engine_limits(layer, info.backend, rule.weight_bits, vnni=info.vnni)
+    widest = info.widest(layer, rule.weight_bits)
     return not rule.keeps_float and any(getattr(rule, what) < bits for what, bits in widest.items())
 
 

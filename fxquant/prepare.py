@@ -56,6 +56,10 @@ class PreparedInfo:
     input_shape: tuple[int, ...] = ()
     vnni: bool = True
 
+    def widest(self, layer: nn.Module, weight_bits: int) -> dict[str, int]:
+        """The widths of :func:`engine_limits` for a layer, with the backend and the CPU that the graph is for."""
+        return engine_limits(layer, self.backend, weight_bits, vnni=self.vnni)[0]
+
     def __deepcopy__(self, memo: dict) -> PreparedInfo:
         """A copy of a model shares its loader: data are not part of it."""
         return dataclasses.replace(self, rules=dict(self.rules), opaque=dict(self.opaque), costs=dict(self.costs))

@@ -216,6 +216,11 @@ class QuantizationSection(_Section):
     def _all_known(cls, names: list[str]) -> list[str]:
         return [get_backend(name).name for name in names]
 
+    @property
+    def prepare_options(self) -> dict[str, Any]:
+        """Arguments of :func:`fxquant.prepare` that say what the graph is for."""
+        return {"backend": self.backend, "residual_bits": self.residual_bits, "vnni": self.vnni}
+
     @model_validator(mode="after")
     def _options_known(self) -> QuantizationSection:
         check_options(self.estimator, self.options)

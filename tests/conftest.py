@@ -38,27 +38,27 @@ def _seeded():
 @pytest.fixture
 def with_vnni(monkeypatch):
     """Widths as on a CPU with VNNI instructions; kernels are those of this one."""
-    _say_of_vnni(monkeypatch, True, *_WIDTHS)
+    say_of_vnni(monkeypatch, True, *_WIDTHS)
 
 
 @pytest.fixture(scope="module")
 def with_vnni_throughout():
     """The same for all tests of a module, and the fixtures that they share."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        _say_of_vnni(monkeypatch, True, *_WIDTHS)
+        say_of_vnni(monkeypatch, True, *_WIDTHS)
         yield
 
 
 @pytest.fixture
 def without_vnni(monkeypatch):
     """Widths, and what is expected of kernels, as on an x86 CPU without VNNI instructions."""
-    _say_of_vnni(monkeypatch, False, *_WIDTHS, "fxquant.lower.native")
+    say_of_vnni(monkeypatch, False, *_WIDTHS, "fxquant.lower.native")
 
 
 _WIDTHS = "fxquant.prepare", "fxquant.recipe"  # that ask what the CPU at hand has
 
 
-def _say_of_vnni(monkeypatch: pytest.MonkeyPatch, has: bool, *modules: str) -> None:
+def say_of_vnni(monkeypatch: pytest.MonkeyPatch, has: bool, *modules: str) -> None:
     for module in modules:
         monkeypatch.setattr(importlib.import_module(module), "has_vnni", lambda: has)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import sys
 
 import pytest
 import timm.layers
@@ -29,6 +28,7 @@ from fxquant.estimators import ESTIMATORS, Estimator
 from fxquant.layers import QATConv2d, QATLayer, QATLinear
 from fxquant.prepare import calibrate
 from fxquant.qconfig import EdgeFakeQuantize
+from tests.conftest import say_of_vnni
 from tests.models import TinyMobile, TinyResidual, settle
 from tests.test_trace import Branching
 
@@ -442,7 +442,7 @@ def test_without_vnni_weights_have_7_bits_at_most(without_vnni, backend):
 def test_the_cpu_a_model_is_for_need_not_be_the_one_at_hand(monkeypatch):
     x = torch.randn(4, 3, 12, 12)
     for vnni, bits in ((True, 8), (False, 7)):
-        monkeypatch.setattr(sys.modules["fxquant.prepare"], "has_vnni", lambda vnni=vnni: not vnni)
+        say_of_vnni(monkeypatch, not vnni, "fxquant.prepare")
         with contextlib.nullcontext() if vnni else pytest.warns(UserWarning, match="weight_bits=8 becomes 7 at most"):
             prepared = fq.prepare(mobile(), [fq.Rule("*", 8, 8)], calibration=[x], vnni=vnni)
         assert widths(prepared) == [(bits, 8)] * 3

@@ -83,26 +83,12 @@ def model_and_data(recipe: Recipe) -> tuple[nn.Module, Data]:
 
 def prepared_with(recipe: Recipe, model: nn.Module, rules: Sequence[Rule], calibration: Loader) -> fx.GraphModule:
     """A recipe's model prepared with these rules, and ranges from ``calibration``."""
-    return prepare(
-        model,
-        rules,
-        calibration=calibration,
-        backend=recipe.quantization.backend,
-        residual_bits=recipe.quantization.residual_bits,
-        vnni=recipe.quantization.vnni,
-    )
+    return prepare(model, rules, calibration=calibration, **recipe.quantization.prepare_options)
 
 
 def prepared_without_data(recipe: Recipe, model: nn.Module, rules: Sequence[Rule], data: Data) -> fx.GraphModule:
     """A recipe's model prepared with these rules: the right structure and no ranges yet, to load a file into."""
-    return prepare(
-        model,
-        rules,
-        example_inputs=(data.example,),
-        backend=recipe.quantization.backend,
-        residual_bits=recipe.quantization.residual_bits,
-        vnni=recipe.quantization.vnni,
-    )
+    return prepare(model, rules, example_inputs=(data.example,), **recipe.quantization.prepare_options)
 
 
 def statistics_images(recipe: Recipe, data: Data) -> Iterable:
