@@ -230,10 +230,10 @@ class QuantizationSection(_Section):
 class BudgetSection(_Section):
     """``[budget]``: bounds on the whole widths (:class:`fxquant.Budget`)."""
 
-    mean_weight_bits: float | None = Field(None, gt=0, allow_inf_nan=False)
-    mean_activation_bits: float | None = Field(None, gt=0, allow_inf_nan=False)
-    bops: float | None = Field(None, gt=0, allow_inf_nan=False)
-    weight_bytes: float | None = Field(None, gt=0, allow_inf_nan=False)
+    mean_weight_bits: float | None = Field(None, gt=0)
+    mean_activation_bits: float | None = Field(None, gt=0)
+    bops: float | None = Field(None, gt=0)
+    weight_bytes: float | None = Field(None, gt=0)
 
 
 class AllocationSection(_Section):
