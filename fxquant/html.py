@@ -27,6 +27,7 @@ section { margin-top: 12px; min-width: 0; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 3px 8px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+td.long, th.long { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 16em; }
 tr.mark td { color: var(--mark); font-weight: 600; }
 .bad { color: #c92a2a; }
 svg { width: 100%; max-width: 620px; height: auto; display: block; }
@@ -35,6 +36,7 @@ svg .s { font-size: 11px; fill: var(--soft); }
 svg .t.mark { fill: var(--mark); font-weight: 600; }
 svg .mark { fill: var(--mark); }
 svg .grid { stroke: var(--line); }
+svg .lead { stroke: var(--soft); stroke-width: .7; }
 svg polyline { fill: none; stroke-width: 2.2; }
 svg polyline.thin { stroke: #c3cad5; stroke-width: 1; }
 """
@@ -163,16 +165,27 @@ def _runs(data: dict[str, Any]) -> str:
     for run in data["runs"]:
         name = run["recipe"] if run["recipe"] not in named else f"{run['recipe']}, seed {run['seed']}, {run['run']}"
         named[name] = (run["bops"] / 1e6, run["reference_accuracy"])
-    return svg.points(
-        named, across="bit operations per image, millions", up="accuracy, %", marked=data["runs"][0]["recipe"]
-    )
+    named = _without_common_words(named)
+    this = next(iter(named))
+    return svg.points(named, across="bit operations per image, millions", up="accuracy, %", marked=this)
+
+
+def _without_common_words(named: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Names without the words, up to an underscore, that all of several begin with."""
+    while len({name.partition("_")[0] for name in named}) == 1 < len(named):
+        rest = {name.partition("_")[2]: place for name, place in named.items()}
+        if "" in rest:
+            break
+        named = rest
+    return named
 
 
 def _table(listing: Listing) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in listing.headings)
+    kinds = [" class=long" if heading in listing.long else "" for heading in listing.headings]
+    head = "".join(f"<th{kind}>{escape(heading)}</th>" for kind, heading in zip(kinds, listing.headings, strict=True))
     body = "".join(
         f"<tr{' class=mark' if row[0] in listing.marked else ''}>"
-        f"{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        f"{''.join(f'<td{kind}>{escape(cell)}</td>' for kind, cell in zip(kinds, row, strict=True))}</tr>"
         for row in listing.rows
     )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -104,12 +104,16 @@ def cut_of(capacity: dict[str, Any]) -> dict[str, str]:
 
 
 class Listing(NamedTuple):
-    """One table of a report; ``marked`` are first cells of rows to be made out."""
+    """One table of a report.
+
+    ``marked`` are first cells of rows to be made out, ``long`` headings of columns whose cells may run over lines.
+    """
 
     title: str
     headings: tuple[str, ...]
     rows: list[tuple[str, ...]]
     marked: frozenset[str] = frozenset()
+    long: frozenset[str] = frozenset()
 
 
 def listings(data: dict[str, Any]) -> dict[str, Listing]:
@@ -228,7 +232,7 @@ def _runs(runs: list[dict[str, Any]]) -> Listing:
         for run in runs
     ]
     headings = "recipe", "seed", "converted %", "float %", "W bits", "A bits", "BOPs", "bytes", "folder"
-    return Listing("Runs", headings, rows)
+    return Listing("Runs", headings, rows, long=frozenset({"folder"}))
 
 
 def _cut(cut: dict[str, Any]) -> str:

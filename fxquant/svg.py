@@ -93,7 +93,8 @@ def lines(
 
 
 def points(named: Mapping[str, tuple[float, float]], *, across: str, up: str, marked: str | None = None) -> str:
-    """A named dot for each (x, y), ``marked`` in its own colour and over the others; names do not overlap."""
+    """A named dot for each (x, y), ``marked`` in its own colour and over the others; names do not overlap, and a line
+    leads to one that had to move."""
     frame = _Frame(list(named.values()), across, up, False)
     dots = {name: (frame.x(x), frame.y(y)) for name, (x, y) in named.items()}
     parts = [frame.axes()]
@@ -102,10 +103,20 @@ def points(named: Mapping[str, tuple[float, float]], *, across: str, up: str, ma
         title = escape(f"{name}: {_number(named[name][0])}, {_number(named[name][1])}")
         colour = "mark" if name == marked else "c0"
         parts.append(f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{title}</title></circle>')
-    for side, gap in (("start", 9), ("end", -9)):
-        beside = {name: y + 4 for name, (x, y) in dots.items() if (side == "end") == (x > _WIDTH * 0.6)}
-        for name, y in _apart(beside, _LINE, frame.height - frame.bottom).items():
-            parts.append(_text(dots[name][0] + gap, y, name, "t s mark" if name == marked else "t s", side))
+    to_the_left = {name for name, (x, _) in dots.items() if x > _WIDTH * 0.6}
+    ends = {x - 9 - len(name) * _LETTER for name, (x, _) in dots.items() if name in to_the_left}
+    begins = {x + 9 + len(name) * _LETTER for name, (x, _) in dots.items() if name not in to_the_left}
+    groups = [to_the_left, dots.keys() - to_the_left]
+    if max(begins, default=-math.inf) > min(ends, default=math.inf):
+        groups = [set(dots)]  # names from both sides meet in the middle
+    for group in groups:
+        heights = {name: dots[name][1] for name in dots if name in group}
+        for name, height in _apart(heights, _LINE, frame.height - frame.bottom - 4).items():
+            x, y = dots[name]
+            beside, anchor = (x - 9, "end") if name in to_the_left else (x + 9, "start")
+            if abs(height - y) > _LINE / 2:
+                parts.append(f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{beside:.1f}" y2="{height:.1f}"/>')
+            parts.append(_text(beside, height + 4, name, "t s mark" if name == marked else "t s", anchor))
     return _svg(_WIDTH, frame.height + 8, "".join(parts))
 
 

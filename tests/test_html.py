@@ -62,6 +62,29 @@ def test_names_of_points_do_not_overlap(runs):
     assert [c.get("class") for c in shapes(text, "circle")] == ["c0"] * (runs - 1) + ["mark"]
 
 
+def test_names_from_both_sides_of_a_chart_do_not_meet():
+    runs = {f"a_rather_long_name_of_a_run_{i}": (100.0 + 100 * (i % 2), 84 + i // 2) for i in range(8)}
+    text = svg.points(runs, across="x", up="y")
+    heights = sorted(float(t.get("y")) for t in shapes(text, "text") if t.text in runs)
+    assert len(heights) == 8
+    assert min(b - a for a, b in itertools.pairwise(heights)) > 12.9
+    assert any(line.get("class") == "lead" for line in shapes(text, "line"))
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (("net_w2a2_lsq", "net_w2a2_ste", "net_w3a3_lsq"), ["w2a2_lsq", "w2a2_ste", "w3a3_lsq"]),
+        (("net_w2a2",), ["net_w2a2"]),
+        (("net_", "net_a"), ["net_", "net_a"]),
+        (("mine", "yours"), ["mine", "yours"]),
+    ],
+)
+def test_names_of_runs_leave_out_what_they_share(names, shown):
+    named = dict.fromkeys(names, (1.0, 2.0))
+    assert list(html._without_common_words(named)) == shown
+
+
 def test_a_ring_has_shares_that_add_up():
     text = svg.ring({f"layer{i}": 10.0 - i for i in range(10)})
     rings = [c for c in shapes(text, "circle") if c.get("fill") == "none"]
