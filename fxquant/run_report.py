@@ -89,7 +89,12 @@ def _line(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
         "mean_weight_bits",
         "mean_activation_bits",
     )
-    return {"run": str(folder), **{key: result[key] for key in keys}, "weights_bytes": result["weights_bytes"]["ideal"]}
+    return {
+        "run": str(folder),
+        **{key: result[key] for key in keys},
+        "epochs": result["epochs"]["quantized"],
+        "weights_bytes": result["weights_bytes"]["ideal"],
+    }
 
 
 def _words(rollback: dict[str, Any]) -> str:
@@ -224,6 +229,7 @@ def _runs(runs: list[dict[str, Any]]) -> Listing:
         (
             run["recipe"],
             str(run["seed"]),
+            str(run["epochs"]),
             *(f"{run[key]:.2f}" for key in percents),
             f"{run['bops']:,.0f}",
             f"{run['weights_bytes']:,}",
@@ -231,7 +237,7 @@ def _runs(runs: list[dict[str, Any]]) -> Listing:
         )
         for run in runs
     ]
-    headings = "recipe", "seed", "converted %", "float %", "W bits", "A bits", "BOPs", "bytes", "folder"
+    headings = "recipe", "seed", "epochs", "converted %", "float %", "W bits", "A bits", "BOPs", "bytes", "folder"
     return Listing("Runs", headings, rows, long=frozenset({"folder"}))
 
 

@@ -135,6 +135,8 @@ def test_page_text_and_json_of_a_run_agree(run, tmp_path):
     assert "http" not in page.read_text().replace("http://www.w3.org/2000/svg", "")
     assert "<script" not in page.read_text()
     assert len(data["runs"]) == 2
+    epochs = json.loads((run / "result.json").read_text())["epochs"]["quantized"]
+    assert [row[:3] for row in listings(data)["runs"].rows] == [(data["recipe"], "0", str(epochs))] * 2
     wide = Console(width=1000)  # no cell broken, however long the folder's name
     with wide.capture() as printed:
         wide.print(*tables(data))
