@@ -118,10 +118,19 @@ def test_mixed_recipes_of_resnet20(how, bits):
         assert recipe.allocation is None
         last, rule = recipe.built_rules()
         assert (last.pattern, last.weight_bits) == ("last", 8)
-        assert (rule.weight_bits, rule.activation_bits) == ((1 if bits == 2 else 2, 8), (2, 8))
+        assert (rule.weight_bits, rule.activation_bits) == ((bits, 8), (bits, 8))
     else:
         assert (recipe.allocation.sensitivity, recipe.allocation.fixed) == (how, "last")
         assert recipe.allocation.weight_bits == recipe.allocation.activation_bits == (bits, 8)
+
+
+def test_widths_chosen_on_a_trained_model_change_nothing_else():
+    chosen, other = (load_recipe(RECIPES / f"resnet20_cifar10_mixed3_fisher{how}.toml") for how in ("_trained_lsq", ""))
+    assert chosen.allocation is None
+    assert len(chosen.built_rules()) == 20
+    assert min(min(rule.weight_bits, rule.activation_bits) for rule in chosen.built_rules()) == 3
+    for section in ("model", "data", "float_training", "train", "budget", "quantization"):
+        assert getattr(chosen, section) == getattr(other, section)
 
 
 def test_an_allocation_says_what_it_needs(tmp_path):
