@@ -46,6 +46,7 @@ class VerifyReport:
         different_tensors: the reference nodes that differ, with the largest difference.
         fake_quant_accuracy, reference_accuracy: per cent, if labels were given.
         lowered: one entry a backend.
+        predicted: the class each model gives each image, [images] int64, by ``"frozen"``, ``"reference"``, backend.
     """
 
     images: int = 0
@@ -54,6 +55,7 @@ class VerifyReport:
     fake_quant_accuracy: float | None = None
     reference_accuracy: float | None = None
     lowered: dict[str, LoweredParity] = field(default_factory=dict)
+    predicted: dict[str, Tensor] = field(default_factory=dict)
 
     def raise_on_failure(self) -> None:
         """Raises :class:`ParityError` where a model does not compute what was trained, saying which and how far."""
@@ -133,6 +135,7 @@ def verify(
     report.reference_equals_fake_quant = not report.different_tensors and (
         frozen is None or tally["frozen"].agreement == 100
     )
+    report.predicted = {name: torch.cat(counts.choices) for name, counts in tally.items() if counts.choices}
     report.fake_quant_accuracy = tally["frozen"].accuracy
     report.reference_accuracy = tally["reference"].accuracy
     for backend in lowered:
@@ -142,13 +145,15 @@ def verify(
 
 
 class _Tally:
-    """Counts of right and of agreeing argmaxes, and of equal logits."""
+    """Argmaxes, counts of those that are right and that agree, and of equal logits."""
 
     def __init__(self):
+        self.choices: list[Tensor] = []
         self.images = self.right = self.agreeing = self.labelled = self.logits = self.same = 0
 
     def add(self, logits: Tensor, reference: Tensor, labels: Tensor | None) -> None:
         choice = logits.argmax(-1)
+        self.choices.append(choice)
         self.images += choice.numel()
         self.logits += logits.numel()
         self.same += int((logits == reference).sum())

@@ -161,3 +161,14 @@ def test_accuracies_are_those_of_each_model(lowered):
 def test_no_batch_is_refused(pair):
     with pytest.raises(EmptyDataError, match="verify was given no batch; pass a loader with held-out images"):
         fq.verify(*pair, [])
+
+
+def test_the_class_of_each_image_is_told(pair):
+    frozen, reference = pair
+    batches = [torch.randn(4, 3, 16, 16), torch.randn(3, 3, 16, 16)]
+    with torch.no_grad():
+        expected = torch.cat([reference(images_).argmax(1) for images_ in batches])
+    predicted = fq.verify(frozen, reference, batches).predicted
+    assert predicted.keys() == {"frozen", "reference"}
+    assert all(torch.equal(classes, expected) for classes in predicted.values())
+    assert fq.verify(None, reference, batches).predicted.keys() == {"reference"}

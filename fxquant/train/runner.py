@@ -162,7 +162,7 @@ class _Run:
         result = self._result(model, report, float_accuracy, history, became)
         result["simulated"] = {
             "accuracy": accuracy(simulated, labels),
-            "argmax_agreement": accuracy(simulated, predictions(model, self.data.test())[0]),
+            "argmax_agreement": accuracy(simulated, report.predicted["frozen"]),
         }
         result |= self._footer()
         write_json(self.output / checkpoint.RESULT, result)
