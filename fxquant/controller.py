@@ -93,6 +93,15 @@ class Controller:
         whole = [e.whole_bits == e.bits for e in estimators if isinstance(e.bits, int)]
         return all(e.settled for e in estimators) and all(whole)
 
+    @property
+    def scheduled(self) -> dict[str, float]:
+        """What the estimators' schedules say at this step (PEGE's ``replaced``, GDNSQ's ``temperature``), by name; the
+        mean over the estimators that follow one."""
+        values: dict[str, list[float]] = {}
+        for _, name, schedule in self._schedules:
+            values.setdefault(name, []).append(schedule(self.steps_done))
+        return {name: sum(of_each) / len(of_each) for name, of_each in values.items()}
+
     def step(self) -> None:
         """One optimizer step was taken."""
         self.steps_done += 1

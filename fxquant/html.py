@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from . import svg
+from .loss import LossParts
 from .run_report import Listing, cut_of, listings
 
 _STYLE = """
@@ -58,6 +59,7 @@ def page(data: dict[str, Any]) -> str:
             _section("Cost", "Share of bit operations, layer by layer.", _cost(data)),
             _section("Bits per layer", "Weights, and the tensor that enters.", _widths(data)),
             _dynamics(data["dynamics"]),
+            _objective(data["history"]),
             _section("Capacity along the network", _cut_words(data["capacity"]), _capacity(data)),
             "</div>",
             _section(
@@ -68,6 +70,7 @@ def page(data: dict[str, Any]) -> str:
             _section("Layers", "Those in a cut are marked.", _table(listed["layers"])),
             _section("Capacity of each tensor", "Those in a cut are marked.", _table(listed["capacity"])),
             _section(listed["dynamics"].title, "After each epoch.", _table(listed["dynamics"])),
+            _section(listed["history"].title, "Mean of each epoch's steps.", _table(listed["history"])),
             _section(
                 "Parity", "Each kernel against the converted model, on its check batch.", _table(listed["parity"])
             ),
@@ -157,6 +160,21 @@ def _dynamics(entries: list[dict[str, Any]]) -> str:
         "Widths while training",
         "Bits of each layer's weights and input, and their mean.",
         svg.lines(widths | {"mean": mean}, across="epoch", up="bits", bold=("mean",)),
+    )
+
+
+def _objective(epochs: list[dict[str, float]]) -> str:
+    if len(epochs) < 2:
+        return ""
+    parts = {
+        name: [(entry["epoch"], entry[name]) for entry in epochs if entry.get(name, 0) > 0]
+        for name in ("total", *(part for part in LossParts._fields if part != "total"))
+    }
+    shown = {name: points for name, points in parts.items() if points}
+    return _section(
+        "Objective while training",
+        "Mean of each epoch's steps, logarithmic; parts as they are before they are weighted.",
+        svg.lines(shown, across="epoch", up="objective", bold=tuple(shown), logarithmic=True),
     )
 
 

@@ -17,9 +17,19 @@ from .capacity import INPUT, WEIGHT
 from .dynamics import read_dynamics
 from .errors import CheckpointError
 
-_REPORTED = frozenset(
-    {"model", "estimator", "seed", "images", "seconds", "weights_bytes", "bops", "parity", "layers", "capacity"}
+_AS_THEY_ARE = (
+    "recipe",
+    "model",
+    "estimator",
+    "seed",
+    "images",
+    "seconds",
+    "weights_bytes",
+    "bops",
+    "capacity",
+    "history",
 )
+_REPORTED = frozenset({*_AS_THEY_ARE, "parity", "layers"})
 
 
 def collect(folder: Path, others: list[Path]) -> dict[str, Any]:
@@ -32,15 +42,12 @@ def collect(folder: Path, others: list[Path]) -> dict[str, Any]:
     layers = [_layer(row) for row in result["layers"]]
     return {
         "run": str(folder),
-        **{key: result[key] for key in ("recipe", "model", "estimator", "seed", "images", "seconds")},
+        **{key: result[key] for key in _AS_THEY_ARE},
         "accuracy": _accuracies(result),
         "mean_weight_bits": result["mean_weight_bits"],
         "mean_activation_bits": result["mean_activation_bits"],
-        "bops": result["bops"],
-        "weights_bytes": result["weights_bytes"],
         "exact": result["parity"]["reference_equals_fake_quant"],
         "layers": layers,
-        "capacity": result["capacity"],
         "dynamics": read_dynamics(folder),
         "rollbacks": [_words(rollback) for rollback in result.get("rollbacks", [])],
         "parity": result["lowered"],
@@ -128,6 +135,7 @@ def listings(data: dict[str, Any]) -> dict[str, Listing]:
         "layers": _layers(data),
         "capacity": _capacity(data["capacity"]),
         "dynamics": _dynamics(data["dynamics"]),
+        "history": _history(data["history"]),
         "parity": _parity(data["parity"]),
         "runs": _runs(data["runs"]),
     }
@@ -209,6 +217,12 @@ def _dynamics(entries: list[dict[str, Any]]) -> Listing:
     ]
     headings = "epoch", "minimum cut", "cut between 8-bit layers", "mean W bits", "mean A bits"
     return Listing("Cuts and widths while training", headings, rows)
+
+
+def _history(epochs: list[dict[str, float]]) -> Listing:
+    names = list(dict.fromkeys(name for entry in epochs for name in entry if name != "epoch"))
+    rows = [(f"{entry['epoch']}", *(_figure(entry.get(name)) for name in names)) for entry in epochs]
+    return Listing("Objective, widths and schedules while training", ("epoch", *names), rows)
 
 
 def _parity(lowered: dict[str, Any]) -> Listing:

@@ -177,6 +177,7 @@ def test_pege_curriculum(images):
     controller, seen = Controller(model, 40, finetune=0.5), []
     for _ in range(40):
         (value,) = {e.replaced for e in members(model, PEGE)}
+        assert controller.scheduled == {"replaced": pytest.approx(value)}
         seen.append(value)
         controller.step()
     assert seen == pytest.approx([rederived.pege_curriculum(t, 5.0, 10) for t in range(40)], abs=1e-12)
@@ -193,6 +194,21 @@ def test_gdnsq_temperature(images):
     assert seen == pytest.approx([0, 0, 0] + [6.0 * min(t / 9, 1) for t in range(13)])
     assert not any(e.learns_width for e in members(model, GDNSQ))
     assert all(e.whole_bits == 4 for e in members(model, GDNSQ))
+
+
+def test_what_is_scheduled_is_told_in_the_mean(images):
+    rules = [
+        Rule("stem", 3, 3, estimator="pege", options={"curriculum": 0.0}),
+        Rule("*", 3, 3, estimator="pege", options={"curriculum": 1.0}),
+    ]
+    model = fxquant.prepare(TinyResidual(), rules, calibration=[images]).train()
+    controller = Controller(model, 10, finetune=0.0)
+    assert 0 < controller.scheduled["replaced"] < 1
+    assert {e.replaced for e in members(model, PEGE)} == {0.0, 1.0}
+    for _ in range(10):
+        controller.step()
+    assert controller.scheduled == {"replaced": pytest.approx(1.0)}
+    assert Controller(prepared(images, "lsq", 3), 10).scheduled == {}
 
 
 # ---- resuming --------------------------------------------------------------------------------------------

@@ -158,6 +158,18 @@ def test_page_text_and_json_of_a_run_agree(run, tmp_path):
     assert sum(shares) == pytest.approx(data["bops"], rel=1e-5)
 
 
+def test_the_objective_is_drawn_part_by_part(run):
+    data = collect(run, [])
+    assert len(data["history"]) == 4
+    page = html.page(data)
+    assert "Objective while training" in page
+    assert f"<title>task {svg._number(data['history'][-1]['task'])}</title>" in page
+    assert all(f"{entry['total']:,.6g}" in page for entry in data["history"])
+    data["history"][0]["estimator"] = 2.5  # off in the other epochs
+    assert "<title>estimator 2.5</title>" in html.page(data)
+    assert "Objective while training" not in html.page(data | {"history": data["history"][:1]})
+
+
 def test_the_run_recorded_capacities_after_each_epoch(run):
     entries = read_dynamics(run)
     assert [entry["epoch"] for entry in entries] == [0, 1, 2, 3, 4]

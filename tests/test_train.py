@@ -89,6 +89,14 @@ def test_history_holds_the_mean_over_each_epoch(tmp_path):
             assert mean == pytest.approx(sum(values.get(name, 0) for values in shown) / each)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_history_holds_what_the_schedules_said(parts, tmp_path):
+    recipe = load_recipe(RECIPES / "digits_w4a4_pege.toml", [*SHORT, f"train.accumulate={parts}"])
+    history = run(recipe, tmp_path).result["history"]
+    assert 0 < history[0]["replaced"] < history[-1]["replaced"] == pytest.approx(1.0)
+    assert all(entry["estimator"] > 0 for entry in history)
+
+
 @pytest.mark.parametrize("name", ["digits_mixed4_nipq", "digits_w2a2_gdnsq", "digits_w4a4_pege"])
 def test_resume_ends_with_the_same_integers(name, tmp_path):
     recipe = load_recipe(RECIPES / f"{name}.toml", SHORT)

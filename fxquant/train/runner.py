@@ -279,6 +279,8 @@ class _Run:
             with torch.no_grad():
                 shown["W bits"] = share * cost.mean_weight_bits(layers, costs)
                 shown["A bits"] = share * cost.mean_activation_bits(layers, costs)
+                for name, value in controller.scheduled.items():
+                    shown[name] = parts.total.new_tensor(share * value)
             return parts.total, shown
 
         def after_step():
