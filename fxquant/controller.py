@@ -88,10 +88,11 @@ class Controller:
 
     @property
     def final(self) -> bool:
-        """Whether every width is the one that ships and training rounds truly: what is measured now is what ships."""
+        """Whether every width is the one that ships, without noise, and the next step sets no range anew: what is
+        measured now is what ships."""
         estimators = [m for m in self.model.modules() if isinstance(m, Estimator)]
         whole = [e.whole_bits == e.bits for e in estimators if isinstance(e.bits, int)]
-        return all(e.settled for e in estimators) and all(whole)
+        return all(e.settled and not e.refit for e in estimators) and all(whole)
 
     @property
     def scheduled(self) -> dict[str, float]:
@@ -120,8 +121,9 @@ class Controller:
             hold_batch_norm(self.model, hold)
             self._holds = hold
         if self.phase == "finetune" and not self._settled:
+            open_ones = [e for e in self.model.modules() if isinstance(e, Estimator) and not e.settled]
             fix_widths(self.model, self.budget, keep_learning=not self.budget)
-            self._settled = changed = True
+            self._settled, changed = True, changed or any(e.settled for e in open_ones)
         self.width_changes += changed
 
     def state_dict(self) -> dict:

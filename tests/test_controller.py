@@ -168,6 +168,31 @@ def test_on_torch_aos_own_prepare(images, estimator):
     assert all(e.settled for e in members(model, ESTIMATORS[estimator]))
 
 
+@pytest.mark.parametrize(("estimator", "bits", "changes"), [
+    ("lsq", 2, 0), ("pege", 2, 0), ("ste", 2, 0), ("nipq", (2, 8), 1), ("gdnsq", (2, 8), 1),
+])  # fmt: skip
+def test_fine_tuning_counts_as_another_width_where_widths_change(images, estimator, bits, changes):
+    """What averages weights begins anew at every change."""
+    controller = Controller(prepared(images, estimator, bits), 8, budget=Budget(mean_weight_bits=5), finetune=0.5)
+    for _ in range(8):
+        controller.step()
+    assert controller.phase == "finetune"
+    assert controller.width_changes == changes
+
+
+def test_a_range_that_is_to_be_set_anew_is_not_final(images):
+    model = prepared(images, "gdnsq", 2, initial_bits=8)
+    controller = Controller(model, 4, finetune=0.5)
+    for _ in range(2):
+        model(images).sum().backward()
+        assert not controller.final
+        controller.step()
+    assert all(e.settled for e in members(model, GDNSQ))
+    assert not controller.final
+    model(images)
+    assert controller.final
+
+
 # ---- schedules -------------------------------------------------------------------------------------------
 
 
@@ -339,7 +364,15 @@ def test_widths_come_down_one_bit_at_a_time(with_vnni, images, estimator):
         final.append(controller.final)
         controller.step()
     assert seen == [(4, 4), (4, 4), (3, 4), (3, 4), (2, 3), (2, 3), (2, 3), (2, 3)]
-    assert changes == [1, 1, 2, 2, 3, 3, 4, 4]  # the last is the Controller's own fine-tuning
+    assert changes == [
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+        *[4 if estimator == "nipq" else 3] * 2,
+    ]  # and where noise ends
     assert final == [False] * 4 + [estimator != "nipq"] * 2 + [True] * 2
     assert stem.weight_fake_quant.whole_bits == 8
     # No optimizer took a step: the last fit is the one that prepare() made.
