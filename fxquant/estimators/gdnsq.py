@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ..errors import NonFiniteError, SpecError
 from ..schedule import Schedule, linear
 from .base import SMALLEST_RANGE, Bits, LearnedStep, at_least_zero
-from .functions import EDGE, put_between_
+from .functions import EDGE, ClampFunction, put_between_
 from .passes import add_product_, add_sum_, each, is_at_hand, sums_like
 from .recompute import attach
 
@@ -106,18 +106,22 @@ class GDNSQ(LearnedStep):
         """The step; while it is squeezed, never above the one at which the lowest allowed width is reached."""
         if not self.learns_width:
             return super().scale()
-        lowest = (self.bits if isinstance(self.bits, int) else self.bits[0]) - 2 * _MARGIN
-        lowest = max(lowest, 2 - 2 * _MARGIN) if self.scheme == "symmetric" else lowest  # below, the grid is binary
+        lowest = self._lowest_width()
         steps = 2 ** (lowest - 1) - 1 if self.scheme == "symmetric" else 2**lowest - 1
         return torch.exp2(torch.minimum(self.log2_scale, torch.log2(self._extent().detach() / steps)))
 
     def bit_width(self) -> Tensor:
-        """Real width, [channels], differentiable in ``log2_scale`` and ``log2_range``."""
+        """Real width, [channels], differentiable in ``log2_scale`` and ``log2_range``; at the lowest one allowed, only
+        what wants a higher one passes a gradient."""
         if not self.learns_width:
             return self.width
-        if self.scheme == "symmetric":
-            return torch.log2(self.weight_range / self.scale() + 1) + 1
-        return torch.log2(self._extent() / self.scale() + 1)
+        width = torch.log2(self._extent() / torch.exp2(self.log2_scale) + 1)
+        return ClampFunction.apply(width + 1 if self.scheme == "symmetric" else width, self._lowest_width(), math.inf)
+
+    def _lowest_width(self) -> float:
+        """Just below the lowest whole one allowed; of weights 2 bits, below which the grid is binary."""
+        lowest = self.bits if isinstance(self.bits, int) else self.bits[0]
+        return (max(lowest, 2) if self.scheme == "symmetric" else lowest) - 2 * _MARGIN
 
     @property
     def quant_min(self) -> int:

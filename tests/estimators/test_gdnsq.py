@@ -72,6 +72,22 @@ def test_width(scheme, axis):
         torch.testing.assert_close(rederived.double(estimator.log2_range.grad), -by_log, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("towards", "passes"), [(1.0, False), (8.0, True)])
+def test_at_the_lowest_width_only_what_wants_a_higher_one_passes(scheme, towards, passes):
+    """No range is drawn in for bits that cannot be saved, and a step that has grown too far finds back."""
+    estimator, _, _ = squeezed(scheme, 6.0, target=(3, 8))
+    with torch.no_grad():
+        estimator.log2_scale += 6.0
+    widths = estimator.bit_width()
+    assert widths.tolist() == pytest.approx([3 - 2e-3] * len(widths), abs=1e-5)
+    (widths - towards).square().sum().backward()
+    for parameter in (estimator.log2_scale, estimator.log2_range):
+        if parameter is not None:
+            assert bool(parameter.grad.any()) == passes
+    assert not passes or (estimator.log2_scale.grad > 0).all()
+
+
 def test_a_weights_range_is_its_own():
     """max|w| of the last forward, per channel; a channel of zeros keeps the range it had."""
     estimator = GDNSQ(3, scheme="symmetric", channels=3, axis=0, initial_bits=8.0)
