@@ -32,13 +32,15 @@ def freeze(
         model: from :func:`fxquant.prepare`.
         budget: what the whole widths must keep to.
         calibration: batches for BatchNorm; those given to ``prepare`` when not given here. Without either, or with
-            an empty tuple, BatchNorm keeps its running statistics.
+            an empty tuple, BatchNorm keeps its running statistics. Ranges that are to be set anew take the first one,
+            with an empty tuple that of ``prepare``.
 
     Returns:
         (weight bits, activation bits) of each quantized layer, by name.
 
     Raises:
-        SpecError: for a model that prepare() did not make, or a budget that no widths in reach can meet.
+        SpecError: for a model that prepare() did not make, a budget that no widths in reach can meet, or ranges that
+            are to be set anew and no images to do so.
     """
     widths = settle(model, budget, calibration=calibration)
     for module in model.modules():
@@ -59,14 +61,32 @@ def settle(
         estimator.require_initialized()
     widths = fix_widths(model, budget)
     data = calibration if calibration is not None else info.calibration
-    if data is not None and data != () and not all(layer.frozen for layer in cost.qat_layers(model).values()):
+    if not all(layer.frozen for layer in cost.qat_layers(model).values()):
         for estimator in estimators:
             estimator.may_refit = True  # these are training data
-        reestimate_batch_norm(model, data)
-        for estimator in estimators:
-            estimator.may_refit = False
+        try:
+            if data is not None and data != ():
+                reestimate_batch_norm(model, data)
+            if any(estimator.refit for estimator in estimators):  # nothing was there to re-estimate
+                _set_pending_ranges(model, info.calibration if data is None or data == () else data)
+        finally:
+            for estimator in estimators:
+                estimator.may_refit = False
     model.eval()
     return widths
+
+
+@torch.no_grad()
+def _set_pending_ranges(model: nn.Module, batches: Iterable | None) -> None:
+    """Show quantizers whose range is to be set anew, as that of a width that has just become whole, a batch."""
+    if batches is None:
+        raise SpecError(
+            "the widths have just become whole, and their ranges are set anew from the next images, of which there are "
+            "none: pass calibration=loader to freeze() or prepare(), or let fxquant.Controller fine-tune"
+        )
+    device = next(model.parameters()).device
+    model.eval()
+    model(part_of(next(iter(_images(batches)))).to(device))
 
 
 @torch.no_grad()

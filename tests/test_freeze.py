@@ -13,6 +13,7 @@ import fxquant as fq
 from fxquant.errors import EmptyDataError, SpecError
 from fxquant.estimators import ESTIMATORS, Estimator
 from fxquant.freeze import hold_batch_norm, reestimate_batch_norm
+from fxquant.freeze import settle as settle_widths
 from fxquant.layers import QATLayer
 from tests.models import TinyMobile, TinyResidual, settle
 
@@ -72,6 +73,43 @@ def test_batch_norm_keeps_its_statistics_without_data():
     before = bn_state(model)
     fq.freeze(model)
     assert same(before, bn_state(model))
+
+
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize("calibration", [None, ()])
+def test_ranges_of_widths_that_become_whole_here_are_set_anew(norms, calibration):
+    """GDNSQ's, whose squeeze leaves min-max ends: also where BatchNorm's statistics stay, or there are none."""
+    x, net = images(), TinyResidual()
+    if not norms:
+        for name, module in list(net.named_modules()):
+            if isinstance(module, nn.BatchNorm2d):
+                net.set_submodule(name, nn.Identity())
+    rules = [fq.Rule("*", 2, 2, "gdnsq", options={"initial_bits": 8})]
+    model = fq.prepare(net, rules, calibration=[x])
+    before = bn_state(model)
+    settle_widths(model, calibration=calibration)
+    if calibration == ():
+        assert same(before, bn_state(model))
+    assert not any(estimator.refit for estimator in model.modules() if isinstance(estimator, Estimator))
+    for layer in model.modules():
+        if isinstance(layer, QATLayer):
+            quantizer, fresh = layer.weight_fake_quant, ESTIMATORS["lsq"](2, scheme="symmetric", **_per_channel(layer))
+            fresh.initialize_from(layer.weight)
+            torch.testing.assert_close(quantizer.scale(), fresh.scale())
+
+
+def _per_channel(layer: nn.Module) -> dict[str, int]:
+    return {"channels": layer.weight_fake_quant.channels, "axis": 0}
+
+
+def test_ranges_to_be_set_anew_without_an_image_are_refused():
+    x = images()
+    model = prepared(x)
+    model.meta["fxquant"].calibration = None
+    model.stem.input_fake_quant.change_width(3)
+    with pytest.raises(SpecError, match=r"ranges are set anew from the next images, .* pass calibration=loader"):
+        fq.freeze(model)
+    fq.freeze(model, calibration=[x])
 
 
 def test_held_statistics_stay_and_normalise_in_training_too():

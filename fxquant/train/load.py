@@ -86,6 +86,7 @@ def restored(path: Path, content: dict[str, Any], recipe: Recipe, float_model: n
     model = prepared_without_data(recipe, float_model, rules_of(recipe, content), data)
     kept = content["keeper"]["kept"] or content["model"]
     load_tensors(model, kept, f"{path} does not fit the model of its own recipe ({recipe.model.name})")
+    model.meta["fxquant"].calibration = data.plain()
     return model
 
 

@@ -67,5 +67,4 @@ def _of_run(path: Path) -> Source:
     float_model, data = model_and_data(recipe)
     model = restored(path, content, recipe, float_model, data)
     float_model.load_state_dict(content["float_model"])
-    model.meta["fxquant"].calibration = data.plain()
     return Source(recipe, float_model.eval(), model, rules_of(recipe, content), data)
