@@ -188,13 +188,13 @@ def comparison_table(results: list[dict]) -> Table:
 _ACCURACIES = ("float_accuracy", "fake_quant_accuracy", "reference_accuracy")
 
 
-def mean_deviation(values: Sequence[float], sign: bool = False) -> str:
+def mean_deviation(values: Sequence[float], sign: bool = False, digits: int = 2) -> str:
     """``91.30 ± 0.12``: mean and sample standard deviation; ``-`` of nothing, and one value by itself."""
     if not values:
         return "-"
     mean = statistics.mean(values)
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean:{'+' if sign else ''}.2f}{deviation}"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:{'+' if sign else ''}.{digits}f}{deviation}"
 
 
 def _bits(value: float | None) -> str:

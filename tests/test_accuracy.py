@@ -107,6 +107,31 @@ def test_the_gap_is_to_the_float_run_of_the_same_model_and_data(finished):
         accuracy.rows([alone, alone | {"recipe": "other"}, quantized])
 
 
+def test_two_float_recipes_of_one_training_are_refused_before_anything_runs(paths, tmp_path):
+    """The table could not be made: nor could that of the runs behind them."""
+    other = tmp_path / "other.toml"
+    other.write_text(f'extends = "{paths[0]}"\n[float]\nlr = 1e-4\n')
+    with pytest.raises(SpecError, match=r"two float recipes train .* for 2 epochs from seed 0.* 'float' or 'other'"):
+        accuracy.recipes_of([paths[0], other, paths[1]], 1, SAME)
+    other.write_text(f'extends = "{paths[0]}"\n[float]\nepochs = 3\n')
+    assert len(accuracy.recipes_of([paths[0], other, paths[1]], 2, SAME)) == 6
+
+
+def test_widths_and_costs_are_the_mean_over_seeds(finished):
+    """Learned ones differ from seed to seed."""
+    *_, first, second = json.loads(json.dumps(finished[2]))
+    same = accuracy.markdown(accuracy.rows([first, second])).splitlines()[2].split(" | ")
+    assert same[2] == f"{first['mean_weight_bits']:.2f}"
+    second |= {"mean_weight_bits": first["mean_weight_bits"] + 2, "bops": first["bops"] * 3}
+    second["computed_in"] = {"float": "float32", "quantized": "bfloat16"}
+    (row,) = accuracy.rows([first, second])
+    assert row.weight_bits == [first["mean_weight_bits"], second["mean_weight_bits"]]
+    assert row.computed_in == "float32, bfloat16"
+    cells = accuracy.markdown([row]).splitlines()[2].split(" | ")
+    assert cells[2] == f"{first['mean_weight_bits'] + 1:.2f} ± {2**0.5:.2f}"
+    assert cells[11].startswith(f"{2 * first['bops'] / 1e9:.3f} ± ")
+
+
 def test_a_folder_of_another_recipe_is_refused_before_anything_runs(finished, paths):
     _, output, _ = finished
     other = accuracy.recipes_of(paths, 3, [*SAME, "float.lr=0.5"])

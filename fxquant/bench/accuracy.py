@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def recipes_of(
         epochs: of the quantized training, or of the float one where a recipe has no other.
 
     Raises:
-        SpecError: for fewer seeds than one, or two recipes of one name.
+        SpecError: for fewer seeds than one, two recipes of one name, or two float ones that the gap could be to.
         RecipeError: as :func:`fxquant.recipe.load_recipe`.
     """
     if seeds < 1:
@@ -48,6 +48,11 @@ def recipes_of(
     names = [recipe.name for recipe in loaded if recipe.seed == 0]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SpecError(f"the recipe {twice[0]!r} was given more than once; a row has a name of its own")
+    _by_training(
+        (recipe.name, (recipe.model.name, recipe.data.name, recipe.float_training.epochs, recipe.seed))
+        for recipe in loaded
+        if not recipe.quantizes
+    )
     return loaded
 
 
@@ -113,23 +118,25 @@ def _file_bytes(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe of the table; accuracies in per cent, one value a seed.
+    """One recipe of the table; accuracies in per cent, and all that is a list has one value a seed.
 
     Attributes:
+        weight_bits, activation_bits: mean widths.
         start: of the float model that the quantized training began with.
         fake_quant: evaluated in float, before scales are frozen.
         reference: of the integers.
         lowered: of the first backend that the recipe lowers to.
         gap: reference less the float recipe of the same model, data set, epochs and seed, where the table has one.
         bops: bit operations an image.
-        file_bytes: of ``model.fxq``, or of the float weights.
+        file_bytes: of ``model.fxq``, or of the float weights; the largest of the seeds.
+        computed_in: floating types that the runs trained in.
         exact: whether the reference equals what trained, and every backend agrees with it as far as it must.
     """
 
     recipe: str
     estimator: str
-    weight_bits: float
-    activation_bits: float
+    weight_bits: list[float]
+    activation_bits: list[float]
     epochs: int
     seeds: int
     start: list[float]
@@ -137,8 +144,9 @@ class Row:
     reference: list[float]
     lowered: list[float]
     gap: list[float]
-    bops: float | None
+    bops: list[float]
     file_bytes: int
+    computed_in: str
     exact: bool
 
 
@@ -148,18 +156,30 @@ def rows(results: Sequence[dict[str, Any]]) -> list[Row]:
     Raises:
         SpecError: two float recipes that the gap could be to.
     """
-    floats: dict[tuple, float] = {}
-    for result in (result for result in results if result["estimator"] is None):
-        if _key(result) in floats:
-            raise SpecError(
-                f"two float recipes train {result['model']} for {_epochs(result)} epochs from seed {result['seed']}, "
-                f"so the gap could be to either; leave one out ({result['recipe']!r}, or the one before it)"
-            )
-        floats[_key(result)] = result["float_accuracy"]
+    alone = {(result["recipe"], _key(result)): result for result in results if result["estimator"] is None}
+    floats = {key: alone[name, key]["float_accuracy"] for key, name in _by_training(alone).items()}
     groups: dict[str, list[dict]] = {}
     for result in results:
         groups.setdefault(result["recipe"], []).append(result)
     return [_row(recipe, runs, floats) for recipe, runs in groups.items()]
+
+
+def _by_training(alone: Iterable[tuple[str, tuple]]) -> dict[tuple, str]:
+    """The float recipe of each kind of training: model, data, epochs and seed.
+
+    Raises:
+        SpecError: where there are two of one kind.
+    """
+    found: dict[tuple, str] = {}
+    for name, training in alone:
+        if training in found:
+            model, _, epochs, seed = training
+            raise SpecError(
+                f"two float recipes train {model} for {epochs} epochs from seed {seed}, so the gap could be to either; "
+                f"leave out {found[training]!r} or {name!r}"
+            )
+        found[training] = name
+    return found
 
 
 def _key(result: dict[str, Any]) -> tuple:
@@ -172,28 +192,35 @@ def _epochs(result: dict[str, Any]) -> int:
 
 
 def _row(recipe: str, runs: list[dict], floats: dict[tuple, float]) -> Row:
-    first = runs[0]
+    first, epochs, seeds = runs[0], _epochs(runs[0]), len(runs)
+    starts = [result["float_accuracy"] for result in runs]
+    size = max(result["file_bytes"] for result in runs)
+    types = ", ".join(dict.fromkeys(_computed_in(result) for result in runs))
     if first["estimator"] is None:
-        accuracies = [result["float_accuracy"] for result in runs]
-        size = first["file_bytes"]
-        return Row(recipe, "float", 32, 32, _epochs(first), len(runs), accuracies, [], [], [], [], None, size, True)
+        return Row(recipe, "float", [32.0], [32.0], epochs, seeds, starts, [], [], [], [], [], size, types, True)
     backend = next(iter(first["lowered"]), None)
     return Row(
         recipe,
         first["estimator"],
-        first["mean_weight_bits"],
-        first["mean_activation_bits"],
-        _epochs(first),
-        len(runs),
-        [result["float_accuracy"] for result in runs],
+        [result["mean_weight_bits"] for result in runs],
+        [result["mean_activation_bits"] for result in runs],
+        epochs,
+        seeds,
+        starts,
         [result["simulated"]["accuracy"] for result in runs],
         [result["reference_accuracy"] for result in runs],
         [result["lowered"][backend]["accuracy"] for result in runs] if backend else [],
         [result["reference_accuracy"] - floats[_key(result)] for result in runs if _key(result) in floats],
-        first["bops"],
-        max(result["file_bytes"] for result in runs),
+        [result["bops"] for result in runs],
+        size,
+        types,
         all(_exact(result) for result in runs),
     )
+
+
+def _computed_in(result: dict[str, Any]) -> str:
+    """The type of the last stage; older results do not say theirs."""
+    return list(result.get("computed_in", {"": "-"}).values())[-1]
 
 
 def _exact(result: dict[str, Any]) -> bool:
@@ -212,16 +239,20 @@ def require_exact(table: Sequence[Row]) -> None:
 def markdown(table: Sequence[Row]) -> str:
     """The table in Markdown; accuracies and gaps as mean ± standard deviation over seeds."""
     headings = ["recipe", "estimator", "W bits", "A bits", "epochs", "seeds", "float", "fake-quant", "reference"]
-    headings += ["lowered", "gap to float", "GBOPs", "kB"]
+    headings += ["lowered", "gap to float", "GBOPs", "kB", "trained in"]
     lines = [headings, ["---"] * len(headings)]
     for row in table:
-        bops = "-" if row.bops is None else f"{row.bops / 1e9:.3f}"
-        widths = [f"{row.weight_bits:.2f}", f"{row.activation_bits:.2f}"]
+        widths = [mean_deviation(_one_if_same(bits)) for bits in (row.weight_bits, row.activation_bits)]
         accuracies = [mean_deviation(v) for v in (row.start, row.fake_quant, row.reference, row.lowered)]
         gap = mean_deviation(row.gap, sign=True)
+        bops = mean_deviation([bops / 1e9 for bops in _one_if_same(row.bops)], digits=3)
         lines.append([row.recipe, row.estimator, *widths, str(row.epochs), str(row.seeds), *accuracies, gap, bops])
-        lines[-1].append(f"{row.file_bytes / 1000:.1f}")
+        lines[-1] += [f"{row.file_bytes / 1000:.1f}", row.computed_in]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def _one_if_same(values: list[float]) -> list[float]:
+    return values[:1] if len(set(values)) == 1 else values
 
 
 def comma_separated(table: Sequence[Row]) -> str:
