@@ -60,10 +60,13 @@ class VerifyReport:
     def raise_on_failure(self) -> None:
         """Raises :class:`ParityError` where a model does not compute what was trained, saying which and how far."""
         if not self.reference_equals_fake_quant:
-            name, difference = max(self.different_tensors.items(), key=lambda item: item[1])
+            where = "in its output alone"
+            if self.different_tensors:
+                name, difference = max(self.different_tensors.items(), key=lambda item: item[1])
+                where = f"in {len(self.different_tensors)} tensors, worst at {name!r} by {difference:.3g}"
             raise ParityError(
-                f"the reference graph differs from the frozen model in {len(self.different_tensors)} tensors, worst "
-                f"at {name!r} by {difference:.3g}; this is a defect of fxquant, please report the model"
+                f"the reference graph differs from the frozen model {where}; this is a defect of fxquant, please "
+                "report the model"
             )
         for backend, parity in self.lowered.items():
             bound = get_backend(backend).agreement

@@ -12,6 +12,7 @@ import fxquant as fq
 from fxquant.data import load_data
 from fxquant.errors import EmptyDataError, ParityError
 from fxquant.lower.kernels import OnednnLayer
+from fxquant.verify import VerifyReport
 from tests.models import TinyResidual, settle
 
 
@@ -115,6 +116,12 @@ def lowered(digits_run):
 def held_out() -> list:
     data = load_data("digits", 16)
     return [(data.test_images, data.test_labels)]
+
+
+def test_an_output_that_alone_differs_is_told():
+    report = VerifyReport(images=3, reference_equals_fake_quant=False)
+    with pytest.raises(ParityError, match="differs from the frozen model in its output alone; this is a defect"):
+        report.raise_on_failure()
 
 
 def test_a_corrupted_lowered_model_is_found(lowered):
