@@ -535,8 +535,10 @@ class _Streamed:
             if self.seed is not None:
                 dataset = _Seeded(dataset, self.seed, self.epoch)
         batches = DataLoader(dataset, **chosen, num_workers=self.workers, generator=generator)
+        left = self.images
         for _, (images, labels) in zip(range(len(self)), batches, strict=False):
-            yield images, torch.as_tensor(labels, dtype=torch.int64)
+            yield images[:left], torch.as_tensor(labels, dtype=torch.int64)[:left]  # a stream's last batch is whole
+            left -= len(images)
 
     def _chosen(self, generator: torch.Generator) -> list[Sequence[int]]:
         """Which images of a data set that can be indexed this process reads, by batches."""

@@ -267,6 +267,8 @@ def test_streams_depend_on_seed_and_epoch_too(tmp_path, monkeypatch, workers):
     assert [len(y) for _, y in whole[0]] == [4, 4]
     assert sum(len(y) for _, y in make().test()) == 11
     assert sum(len(y) for _, y in make().plain()) == 8
+    some = opened(tmp_path, name="wds/some", workers=workers, test_images=6).test()
+    assert [(len(x), len(y)) for x, y in some] == [(4, 4), (2, 2)]
 
 
 @pytest.mark.parametrize(
