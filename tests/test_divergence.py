@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import tomllib
 
 import pytest
@@ -219,6 +220,20 @@ def test_weights_spoilt_by_the_last_step_of_an_epoch_never_reach_a_checkpoint(sp
     assert "in epoch 2 of float training, step 8, the weights are NaN or infinite: 'layer2.0.conv1" in progress.notes[0]
     state = checkpoint.load_checkpoint(tmp_path / checkpoint.CHECKPOINT)
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
+
+
+def test_what_was_rolled_back_took_its_time_too(spoil, tmp_path, monkeypatch):
+    spoil("float", 2)
+    roll_back = Guard.roll_back
+
+    def slowly(self, diverged):
+        time.sleep(2)
+        return roll_back(self, diverged)
+
+    monkeypatch.setattr(Guard, "roll_back", slowly)
+    began = time.perf_counter()
+    seconds = run(in_float(action="rollback"), tmp_path).result["seconds"]
+    assert time.perf_counter() - began - seconds < 1.5
 
 
 def test_after_so_many_rollbacks_it_stops(spoil, tmp_path):

@@ -80,11 +80,12 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, progress: Progres
     guard = Guard(recipe.divergence)
     with processes.warnings_of_first(), contextlib.ExitStack() as until_the_end:
         state = processes.from_first(lambda: _claim(recipe, output, resume, until_the_end))
+        started = time.perf_counter() - (state["seconds"] if state else 0.0)
         if resume and state is None:
             progress.note(f"{output} holds no checkpoint yet; starting from the beginning")
         while True:
             try:
-                return _Run(recipe, output, processes, progress, guard).execute(state)
+                return _Run(recipe, output, processes, progress, guard, started).execute(state)
             except Diverged as diverged:
                 # All diverge at one step, since losses are means over processes; not all need to have seen where.
                 causes = processes.gather(diverged.cause)
@@ -102,11 +103,12 @@ def _claim(recipe: Recipe, output: Path, resume: bool, until_the_end: contextlib
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, output: Path, processes: Processes, progress: Progress, guard: Guard):
+    def __init__(
+        self, recipe: Recipe, output: Path, processes: Processes, progress: Progress, guard: Guard, started: float
+    ):
         self.recipe, self.output, self.processes = recipe, output, processes
-        self.progress, self.guard = progress, guard
+        self.progress, self.guard, self.started = progress, guard, started
         self.device = processes.accelerator.device
-        self.started = time.perf_counter()
         self.float_history = History()
         with processes.together():
             self.data = self._rehearse()
@@ -117,8 +119,6 @@ class _Run:
         recipe = self.recipe
         self._write(write_json, checkpoint.RECIPE, recipe.model_dump(mode="json", by_alias=True))
         stage = state["stage"] if state else "float"
-        if state:
-            self.started -= state["seconds"]
         if stage == "float":
             self._train_float(state)
             state = None
