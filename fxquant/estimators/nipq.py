@@ -1,4 +1,4 @@
-"""NIPQ: Noise proxy-based Integrated Pseudo-Quantization (Park et al., CVPR 2023, arXiv 2206.00820).
+"""NIPQ: Noise proxy-based Integrated Pseudo-Quantization (Shin et al., CVPR 2023, arXiv 2206.00820).
 
 Training replaces rounding by noise with the distribution of the true rounding error, so that the gradient of what
 is computed is exact; truncation range and width are learned with it. As in the authors' code, the range is
@@ -10,7 +10,8 @@ rounded with a straight-through gradient at every step. Where fxquant departs:
   what lies side by side stays so. ``sampler="bootstrap"`` draws for each element by itself, with replacement, at
   fifty times the cost; ``sampler="histogram"`` does as the authors do;
 * the grid is the shared one, with an integer zero-point, and a width of 1 is the binary grid;
-* widths stay within 1-8, since nothing else converts.
+* widths stay within 1-8, since nothing else converts; learned ones start at ``initial_width`` of their interval, not in
+  its middle, and ranges, a weight's too, by ``init``, not at ``max|w|``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 The only package that knows timm's models and optimizers, and accelerate.
 
 * ``build`` - a recipe's model, data and optimizer.
-* ``loop`` - epochs of one stage, a checkpoint after each; ``divergence`` says where a loss stopped being a number.
+* ``loop`` - epochs of one stage, a checkpoint after each; ``guard`` stops it, or rolls it back, where a loss diverges,
+  and ``divergence`` says where it did.
+* ``keeper`` - which weights ship: the last, the best, or their ``average``.
 * ``precision`` - what layers are computed in on this device.
 * ``evaluate`` - predictions and accuracy.
 * ``allocation`` - widths that a recipe has chosen before it trains, and the rules that a checkpoint keeps of them.
