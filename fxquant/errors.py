@@ -31,7 +31,7 @@ class RuleError(FxQuantError, ValueError):
 
 
 class TraceError(FxQuantError, RuntimeError):
-    """A model whose Python cannot be captured as a graph; names the file and line."""
+    """A model whose Python cannot be captured as a graph, with file and line; or that would fuse into another one."""
 
 
 class NonFiniteError(FxQuantError, ValueError):

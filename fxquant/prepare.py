@@ -15,7 +15,7 @@ from ._torch_ao import QConfigMapping, deprecations_silenced, prepare_captured
 from .computed import effective_weight
 from .distributed import part_of
 from .edges import place_edges, place_operand_edges, share_grids
-from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecError, named
+from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecError, TraceError, named
 from .estimators import Bits, Estimator
 from .graph import called_module
 from .grid import check_bits
@@ -112,7 +112,8 @@ def prepare(
         UnknownNameError: unknown backend.
         SpecError: no rule, no layer, or nothing to trace with.
         RuleError: a rule that matches no layer.
-        TraceError: a model that cannot be captured (a submodule that cannot stays float, as one call).
+        TraceError: a model that cannot be captured (a submodule that cannot stays float, as one call), or a layer that
+            is called more than once and whose calls would fuse with different things.
         EmptyDataError: a calibration iterable without a batch.
         NonFiniteError, ConstantTensorError: weights or activations that have no range, with the layer.
     """
@@ -155,6 +156,10 @@ def prepare(
             f"{len(dropped)} modules, {dropped[0]!r} among them",
             stacklevel=2,
         )
+    few = tuple(argument[:2] for argument in example_inputs)
+    with torch.no_grad():
+        captured = traced.eval()(*(argument.clone() for argument in few))
+    repeated = _called_more_than_once(traced)
     with deprecations_silenced():
         config = get_backend_config(backend, captured=True)
         prepared = prepare_captured(traced.train(), mapping, example_inputs, config)
@@ -175,7 +180,32 @@ def prepare(
     # Sizes are read off a float forward: quantizers may not have ranges yet.
     with _quantizers_bypassed(prepared):
         info.costs = cost.measure_costs(prepared, example_inputs)
+        _require_same(prepared, few, captured, repeated)
     return prepared.train(model.training)
+
+
+def _called_more_than_once(traced: fx.GraphModule) -> list[str]:
+    modules = dict(traced.named_modules(remove_duplicate=False))
+    called = [node.target for node in traced.graph.nodes if isinstance(called_module(node, modules), QUANTIZABLE)]
+    return sorted({name for name in called if called.count(name) > 1})
+
+
+@torch.no_grad()
+def _require_same(prepared: fx.GraphModule, images: tuple[Tensor, ...], captured: Tensor, repeated: list[str]) -> None:
+    """Raises :class:`TraceError` where the prepared graph, not quantizing, computes something else than the captured.
+
+    torch.ao fuses a layer with the normalisation and the activation behind one of its calls, for all of them.
+    """
+    found = prepared.eval()(*images)
+    if torch.allclose(found, captured, rtol=1e-4, atol=1e-5, equal_nan=True):
+        return
+    what = "fusing layers with what follows them changed what the model computes"
+    if repeated:
+        what = (
+            f"{named('layer', repeated)} called more than once, with different normalisations or activations behind "
+            "the calls, which fusing gives to all of them alike; give each call a layer of its own"
+        )
+    raise TraceError(f"{what} (by up to {(found - captured).abs().max():.3g} before anything is quantized)")
 
 
 def calibrate(model: nn.Module, batches: Iterable, max_batches: int = 16) -> None:

@@ -480,3 +480,42 @@ def test_a_layer_that_reads_an_edge_of_its_own_width_shares_its_quantizer():
         assert fq.verify(prepared, reference, [x, 3 * x]).reference_equals_fake_quant
     assert not hasattr(fq.convert(wide), "b_quantize")  # reads the codes of the edge
     assert hasattr(fq.convert(narrow), "b_quantize")
+
+
+# ---- layers called more than once ------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """A layer called twice, with something of its own behind each call."""
+
+    def __init__(self, first: nn.Module, second: nn.Module):
+        super().__init__()
+        self.stem, self.shared, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+        self.first, self.second = first, second
+        for norm in (first, second):
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.running_mean.normal_()
+                norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        x = self.first(self.shared(self.stem(x)))
+        return self.head((x * self.second(self.shared(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("first", "second"), [
+    (nn.BatchNorm2d(4), nn.BatchNorm2d(4)), (nn.BatchNorm2d(4), nn.Identity()), (nn.Identity(), nn.BatchNorm2d(4)),
+    (nn.ReLU(), nn.Identity()), (nn.Identity(), nn.ReLU6()),
+])  # fmt: skip
+def test_calls_of_one_layer_that_would_fuse_in_different_ways_are_refused(first, second):
+    """torch.ao gives all calls what is behind one of them: another network."""
+    x = 3 * torch.randn(4, 3, 10, 10)
+    with pytest.raises(TraceError, match=r"layer 'shared' called more than once, .* a layer of its own \(by up to"):
+        fq.prepare(Twice(first, second), [Rule("*", 8, 8)], calibration=[x])
+
+
+@pytest.mark.parametrize("behind", [nn.Identity(), nn.ReLU(), nn.BatchNorm2d(4)])
+def test_calls_of_one_layer_that_fuse_alike_are_prepared(behind):
+    x = torch.randn(4, 3, 10, 10)
+    model = Twice(behind, behind).eval()
+    prepared = fq.prepare(model, [Rule("*", 8, 8)], calibration=[x])
+    assert (prepared(x) - model(x)).abs().max() < 0.1 * model(x).abs().max()
