@@ -105,7 +105,7 @@ class Odd(nn.Module):
 
     def forward(self, x):
         x = self.a(x)
-        x = self.b(torch.relu(self.b(x)))
+        x = torch.relu(self.b(torch.relu(self.b(x))))
         return self.head(x.mean((2, 3)))
 
 
