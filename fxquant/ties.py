@@ -237,6 +237,7 @@ def _move_channels(layer: QATLayer, exits: list[Estimator]) -> int:
     """Choose each channel's factor of the weight's scale; returns how many ties are left."""
     codes, scale, bias = layer._coarsened()
     input_scale = layer.input_fake_quant.step()
+    lowest, highest = _reach(codes, layer.input_fake_quant)
     best, device = torch.ones_like(layer.scale_shift), scale.device
     sums_vary = codes.flatten(1).any(1)  # a channel whose weights are all 0 gives its bias, nothing else
     fewest = torch.where(sums_vary, torch.iinfo(torch.int64).max, 0)
@@ -249,19 +250,27 @@ def _move_channels(layer: QATLayer, exits: list[Estimator]) -> int:
         done += len(tried)
         sums = (scale[open_].reshape(-1, 1) * tried).to(torch.float32) * input_scale  # [open, tried]
         biases = torch.round(bias[open_].reshape(-1, 1) / sums.to(torch.float64)).to(torch.float32)
-        ties = sum(_ties_of_channels(sums.flatten(), biases.flatten(), q) for q in exits).reshape(sums.shape)
+        reach = [(end[open_].reshape(-1, 1) + biases).flatten() for end in (lowest, highest)]
+        ties = sum(_ties_of_channels(sums.flatten(), biases.flatten(), q, *reach) for q in exits).reshape(sums.shape)
         count, which = ties.min(1)
         better = count < fewest[open_]
         fewest[open_] = torch.where(better, count, fewest[open_])
         best[open_] = torch.where(better, tried[which], best[open_])
-        hopeless = ties.double().mean(1) % _DISAGREE > _HOPELESS if done >= _CHUNK else torch.zeros_like(better)
+        hopeless = (ties % _DISAGREE).double().mean(1) > _HOPELESS if done >= _CHUNK else torch.zeros_like(better)
         hopeless &= fewest[open_] < _DISAGREE
         open_ = open_[(fewest[open_] > 0) & ~hopeless]
     layer.scale_shift.copy_(best)
     return int((fewest // _DISAGREE).sum())
 
 
-def _ties_of_channels(sum_scale: Tensor, bias: Tensor, quantizer: Estimator) -> Tensor:
+def _reach(codes: Tensor, entry: Estimator) -> tuple[Tensor, Tensor]:
+    """Between what a channel's sums of products can lie, [O] float32 each; an input may be 0, as padding is."""
+    codes, levels = codes.flatten(1), _levels(entry)
+    products = torch.stack([codes * levels[0], codes * levels[-1], torch.zeros_like(codes)])
+    return products.amin(0).sum(1).to(torch.float32), products.amax(0).sum(1).to(torch.float32)
+
+
+def _ties_of_channels(sum_scale: Tensor, bias: Tensor, quantizer: Estimator, lowest: Tensor, highest: Tensor) -> Tensor:
     """Of each channel, how many sums lie near a tie, and ``_DISAGREE`` for each at which orders disagree, [O].
 
     Those that are merely near matter to an order that is not tried here. Of 8-bit results of 8-bit operands there are
@@ -270,12 +279,14 @@ def _ties_of_channels(sum_scale: Tensor, bias: Tensor, quantizer: Estimator) -> 
     Args:
         sum_scale: ``s_x·s_w`` [O] float32.
         bias: whole steps of it, [O]; some runtimes add it as a float.
+        lowest, highest: between what the sums lie, the bias included, [O]; no other tie counts.
     """
     scale, zero = _scale(quantizer), _zero(quantizer)
     multiplier = sum_scale / scale
     n = _beside_ties(multiplier.to(torch.float64), quantizer)
     exact = n * (sum_scale.to(torch.float64) / scale.to(torch.float64)).reshape(-1, 1)
-    near = (exact - torch.floor(exact) - 0.5).abs() < _MARGIN * (exact.abs() + zero.abs() + 1)
+    in_reach = (n >= lowest.reshape(-1, 1)) & (n <= highest.reshape(-1, 1))
+    near = in_reach & ((exact - torch.floor(exact) - 0.5).abs() < _MARGIN * (exact.abs() + zero.abs() + 1))
     n = n.to(torch.float32)
     sum_scale, multiplier, bias = (t.reshape(-1, 1) for t in (sum_scale, multiplier, bias))
     products, float_bias = n - bias, bias * sum_scale
@@ -286,4 +297,4 @@ def _ties_of_channels(sum_scale: Tensor, bias: Tensor, quantizer: Estimator) -> 
     disagree = torch.zeros_like(n, dtype=torch.bool)
     for other in codes[1:]:
         disagree |= other != codes[0]
-    return near.sum(1) + _DISAGREE * disagree.sum(1)
+    return near.sum(1) + _DISAGREE * (disagree & in_reach).sum(1)

@@ -105,6 +105,34 @@ def test_codes_that_are_requantized_by_a_whole_factor_lie_at_ties():
     assert ties._ties_of_values(levels, narrow) == 0
 
 
+def test_ties_that_no_sum_reaches_do_not_count():
+    """Of a channel that has all but vanished, beside others on one grid."""
+    torch.manual_seed(0)
+    x = pictures(16)
+    model = settle(TinyResidual(channels=32), x)
+    with torch.no_grad():
+        model.stem.weight[3] *= 1e-3
+    prepared = fq.prepare(model, [fq.Rule("*", 8, 8)], calibration=[x], backend="onnxruntime")
+    fq.freeze(prepared, calibration=())
+    layer = qat_layers(prepared)["stem"]
+    assert layer.scale_shift[3] == 1
+    assert ties.avoid_ties(prepared).get("stem", 0) == 0
+
+
+def test_sums_lie_between_their_bounds():
+    model = frozen(4)
+    for layer in qat_layers(model).values():
+        codes, entry = layer._coarsened()[0], layer.input_fake_quant
+        lowest, highest = ties._reach(codes, entry)
+        ends = torch.tensor([entry.quant_min, entry.quant_max]) - entry.frozen_zero_point
+        drawn = ends.to(codes.dtype)[torch.randint(0, 2, (64, *codes.shape[1:]))]
+        sums = drawn.flatten(1) @ codes.flatten(1).T
+        assert (sums >= lowest).all()
+        assert (sums <= highest).all()
+        largest = torch.where(codes > 0, ends.max(), ends.min()) * codes
+        assert torch.equal(largest.flatten(1).sum(1).float(), highest)
+
+
 def test_where_no_scale_is_free_of_ties_the_best_is_kept_and_named(monkeypatch):
     monkeypatch.setattr(ties, "_CANDIDATES", 1)
     model = frozen(4)
