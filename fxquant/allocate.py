@@ -22,7 +22,7 @@ from .layers import QATLayer
 from .mincut import SINK, graph_arcs, minimum_cut
 from .prepare import PreparedInfo, prepared_info
 from .sensitivity import Sensitivity, measure_sensitivity
-from .spec import Budget, Rule, resolve_rules
+from .spec import Budget, Rule, exactly, resolve_rules
 
 _LEAST_CAPACITY = 1e-3  # bits per image, under a logarithm
 
@@ -154,10 +154,10 @@ def allocate(
         solution = program.minimise(loss)
         predicted = sum(loss(*choice) for choice in solution.widths.items())
     rules = [
-        Rule(name, None, None)
+        Rule(exactly(name), None, None)
         if name not in solution.widths
         else dataclasses.replace(
-            rule, pattern=name, weight_bits=solution.widths[name][0], activation_bits=solution.widths[name][1]
+            rule, pattern=exactly(name), weight_bits=solution.widths[name][0], activation_bits=solution.widths[name][1]
         )
         for name, rule in info.rules.items()
     ]

@@ -17,6 +17,7 @@ from .integer import Dequantize, Quantize
 from .layers import QATLayer
 from .prepare import prepare, prepared_info
 from .spec import Rule
+from .widths import fix_widths
 
 SOURCE = "fxquant_source"
 """Key of a reference node's ``meta``: the name of the prepared graph's node that computes the same tensor."""
@@ -112,10 +113,14 @@ def blank_reference(
                 parameter.normal_()  # prepare refuses a weight without a range
     options = {"backend": backend, "residual_bits": residual_bits, "vnni": True}  # the rules' widths, on any CPU
     prepared = prepare(model, rules, example_inputs=(example,), **options)
-    for module in prepared.modules():
-        if isinstance(module, Estimator):
-            module.initialized.fill_(1)  # shapes are all that matters
-            module._read_flags()
+    estimators = [module for module in prepared.modules() if isinstance(module, Estimator)]
+    for estimator in estimators:
+        estimator.initialized.fill_(1)  # shapes are all that matters
+        estimator._read_flags()
+    fix_widths(prepared)
+    for estimator in estimators:
+        estimator.refit.zero_()
+        estimator._read_flags()
     freeze(prepared)
     return convert(prepared)
 

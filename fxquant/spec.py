@@ -15,6 +15,7 @@ from .estimators import Bits, check_width, get_estimator
 from .estimators.base import Estimator
 from .ranges import METHODS
 
+_POSITIONS = "first", "last"
 RESIDUAL_BITS = 8
 """Width of what flows between layers (residual sums, concatenations), unless a rule says otherwise."""
 
@@ -85,6 +86,12 @@ class Rule:
         return [self.pattern] if self.pattern.startswith("re:") else self.pattern.split("|")
 
 
+def exactly(layer: str) -> str:
+    """A pattern that matches the layer of that name and no other, also where it is a position or has a glob in it."""
+    special = layer in _POSITIONS or layer.startswith("re:") or any(character in layer for character in "*?[|")
+    return f"re:{re.escape(layer)}" if special else layer
+
+
 def _matches(part: str, layer: str, positions: Sequence[str]) -> bool:
     if part.startswith("re:"):
         return re.fullmatch(part[3:], layer) is not None
@@ -98,7 +105,7 @@ def resolve_rules(rules: list[Rule], layers: list[str]) -> dict[str, Rule | None
         RuleError: where a rule matches no layer at all, with the nearest layer names.
     """
     positions: dict[str, tuple[str, ...]] = {}
-    for position, layer in (("first", layers[0]), ("last", layers[-1])) if layers else ():
+    for position, layer in zip(_POSITIONS, (layers[0], layers[-1]), strict=True) if layers else ():
         positions[layer] = (*positions.get(layer, ()), position)
     resolved = {
         layer: next((rule for rule in rules if rule.matches(layer, positions.get(layer, ()))), None) for layer in layers

@@ -118,6 +118,31 @@ def test_a_file_is_read_on_another_cpu_with_its_own_widths(without_vnni, tmp_pat
     assert {rule.weight_bits for rule in after.meta["fxquant"].rules.values()} == {8}
 
 
+class NamedAsPositions(nn.Module):
+    """Its layer ``last`` is not the last, nor ``first`` the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.last = (nn.Conv2d(i, 4, 3) for i in (3, 4, 4))
+        self.out = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.out(self.last(self.first(self.stem(x)).relu()).mean((2, 3)))
+
+
+def test_layers_named_as_positions_come_back(tmp_path):
+    x = torch.randn(4, 3, 16, 16)
+    rules = [fq.Rule("re:last", None, None), fq.Rule("re:first", 3, 3), fq.Rule("*", 6, 5)]
+    model = fq.prepare(NamedAsPositions(), rules, calibration=[x])
+    chosen = fq.allocate(model, fq.Budget(mean_weight_bits=5.5, mean_activation_bits=5), "capacity").rules
+    again = fq.prepare(NamedAsPositions(), chosen, calibration=[x])
+    assert again.meta["fxquant"].rules["last"].keeps_float
+    assert not again.meta["fxquant"].rules["out"].keeps_float
+    fq.freeze(model)
+    fq.save(fq.convert(model), tmp_path / "a.fxq")
+    assert torch.equal(fq.load(tmp_path / "a.fxq", NamedAsPositions())(x), fq.convert(model)(x))
+
+
 def test_notes_are_kept(tmp_path):
     fq.save(reference(), tmp_path / "x.fxq", notes={"by": "whom\n", "ü": ""})
     assert packed.read_notes(tmp_path / "x.fxq") == {"by": "whom\n", "ü": ""}

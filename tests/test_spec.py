@@ -8,7 +8,7 @@ import pytest
 
 from fxquant import Budget, FxQuantError, Rule
 from fxquant.errors import RuleError, SpecError, UnknownNameError, did_you_mean
-from fxquant.spec import BACKENDS, check_options, get_backend, resolve_rules
+from fxquant.spec import BACKENDS, check_options, exactly, get_backend, resolve_rules
 
 LAYERS = ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "fc"]
 
@@ -37,6 +37,13 @@ def test_first_and_last_are_positions_in_the_graph():
     assert got(Rule("first", 8, 8), Rule("last", 7, 7), Rule("*", 2, 2)) == dict.fromkeys(LAYERS, 2) | {
         "conv1": 8, "fc": 7,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["last", "first", "a*", "b[0]", "c|d", "re:x", "fc"])
+def test_a_pattern_for_one_layer_matches_no_other(name):
+    """Not by its place, and not by a glob in its name."""
+    layers = ["stem", "first", "last", "a*", "ab", "b[0]", "b0", "c|d", "c", "re:x", "x", "fc"]
+    assert got(Rule(exactly(name), 3, 3), Rule("*", 8, 8), layers=layers) == dict.fromkeys(layers, 8) | {name: 3}
 
 
 @pytest.mark.parametrize("position", ["first", "last", "first|last", "last|first"])

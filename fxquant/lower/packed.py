@@ -3,7 +3,7 @@
 A ``.fxq`` file is a safetensors file. Its tensors are those of the reference graph under the same names, but that each
 integer layer's ``weight`` is a stream of codes (:func:`fxquant.grid.pack`). Its metadata are text:
 
-* ``format``: ``fxquant-packed``; ``version``: ``1``.
+* ``format``: ``fxquant-packed``; ``version``: ``3``.
 * ``model``: JSON of what :func:`fxquant.prepare` was told: ``backend``, ``residual_bits``, ``input_shape``, ``rules``,
   the rule of each layer by name (null for a float one); and ``weights``, the width and shape of each packed weight.
 * ``notes``: JSON of texts of whoever saved it; ``fxquant run`` keeps the recipe there.
@@ -33,7 +33,7 @@ from ..errors import CheckpointError, FxQuantError, SpecError
 from ..files import write_bytes
 from ..integer import integer_layers
 from ..prepare import prepared_info
-from ..spec import Rule
+from ..spec import Rule, exactly
 
 FORMAT, VERSION = "fxquant-packed", "3"
 _LARGEST_IMAGE = 2**26  # elements: a file must not make its reader allocate what it likes
@@ -183,7 +183,9 @@ def _described(path: Path, text: str) -> dict[str, Any]:
             "residual_bits": grid.check_bits(found["residual_bits"]),
             "input_shape": [_size(size) for size in found["input_shape"]],
             "rules": {
-                str(name): Rule(str(name), None, None) if rule is None else Rule(**_as_given(rule) | {"pattern": name})
+                name: Rule(exactly(name), None, None)
+                if rule is None
+                else Rule(**_as_given(rule) | {"pattern": exactly(name)})
                 for name, rule in found["rules"].items()
             },
             "weights": {
