@@ -10,7 +10,16 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .data import CIFAR10, DATASETS, check_name
 from .errors import FxQuantError, SpecError, UnknownNameError, did_you_mean
@@ -182,11 +191,11 @@ class RuleSection(_Section):
     """``[[rules]]``: one :class:`fxquant.Rule`; the first that matches a layer wins."""
 
     pattern: str
-    bits: int | tuple[int, int] | Literal["float"] | None = Field(
+    bits: StrictInt | tuple[StrictInt, StrictInt] | Literal["float"] | None = Field(
         None, description="weights and activations alike; 'float' leaves the layer as it is"
     )
-    weight_bits: int | tuple[int, int] | None = None
-    activation_bits: int | tuple[int, int] | None = None
+    weight_bits: StrictInt | tuple[StrictInt, StrictInt] | None = None
+    activation_bits: StrictInt | tuple[StrictInt, StrictInt] | None = None
     estimator: str | None = Field(None, description="that of [quantization] when not given")
     per_channel: bool = True
     init: str = "mse"
@@ -338,6 +347,11 @@ class Recipe(_Section):
             )
         if section.bits == "float":
             return Rule(section.pattern, None, None)
+        if (section.bits, section.weight_bits, section.activation_bits) == (None, None, None):
+            raise SpecError(
+                f"rule {section.pattern!r} gives no width; set bits to a number, to [lowest, highest] or to 'float', "
+                "or weight_bits and activation_bits"
+            )
         estimator = section.estimator or self.quantization.estimator
         own_options = section.options
         if own_options is None:

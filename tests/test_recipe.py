@@ -282,6 +282,11 @@ def write(folder, text):
     ("override", "message"),
     [
         ("rules=[]", "[train] without [[rules]]: a quantized training takes both"),
+        (
+            'rules=[{pattern="*", estimator="lsq"}]',
+            "rule '*' gives no width; set bits to a number, to [lowest,",
+        ),
+        ('rules=[{pattern="*", bits=true}]', "valid integer"),
         ("train.select=best", "train.select = 'best' chooses by images kept from training; set data.validation"),
         ("train.start_bits=9", "start_bits=9 was asked for"),
         ("train={epochs=1, start_bits=4, squeeze=0.9}", "widths come down before they are fine-tuned"),
