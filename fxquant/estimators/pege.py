@@ -35,7 +35,8 @@ class PEGE(LearnedStep):
 
     Args:
         kappa: how fast the curriculum starts, > 0.
-        delta: strength of the element-wise gradient scaling, >= 0; 0 is the STE.
+        delta: strength of the element-wise gradient scaling, >= 0; 0 is the STE. With 0.1, inputs of 2 bits were drawn
+            to zero (README).
         weight: λ, weight of the discretization error in the objective, >= 0.
         curriculum: share of the steps before fine-tuning over which p goes from 0 to 1, in [0, 1].
 
@@ -50,7 +51,7 @@ class PEGE(LearnedStep):
         bits: Bits = 8,
         *,
         kappa: float = 10.0,
-        delta: float = 0.1,
+        delta: float = 1e-3,
         weight: float = 0.01,
         curriculum: float = 0.5,
         **options,
