@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -50,11 +51,12 @@ class Allocation:
     gap: float
     seconds: float
 
-    def to_toml(self, estimator: str | None = None) -> str:
+    def to_toml(self, estimator: str | None = None, options: Mapping[str, Any] | None = None) -> str:
         """The rules as a table that a recipe can extend, to be read and edited; with it, none are chosen anew.
 
         Args:
             estimator: of the recipe; rules that have another name their own.
+            options: of the recipe, which rules of that estimator have unless they say otherwise.
         """
         lines = [f"# {'; '.join(self.summary())}", "allocation = false # the widths are chosen", "rules = ["]
         for rule in self.rules:
@@ -64,7 +66,8 @@ class Allocation:
             else:
                 keys |= {"weight_bits": rule.weight_bits, "activation_bits": rule.activation_bits}
                 keys |= {} if rule.estimator == estimator else {"estimator": rule.estimator}
-                plain = Rule(rule.pattern, rule.weight_bits, rule.activation_bits, rule.estimator)
+                inherited = dict(options or {}) if rule.estimator == estimator else {}
+                plain = Rule(rule.pattern, rule.weight_bits, rule.activation_bits, rule.estimator, options=inherited)
                 for key in ("per_channel", "init", "options"):
                     if getattr(rule, key) != getattr(plain, key):
                         keys[key] = getattr(rule, key)

@@ -224,7 +224,7 @@ def analyze(
         out.print(report.allocation_table(opened.model, allocation))
         found["allocation"] = {"widths": allocation.widths, "spent": allocation.spent, "seconds": allocation.seconds}
         if output is not None:
-            table = allocation.to_toml(opened.recipe.quantization.estimator)
+            table = allocation.to_toml(opened.recipe.quantization.estimator, opened.recipe.quantization.options)
             write_text(output, table)
             out.print(f"written to {output}", markup=False, highlight=False)
     elif output is not None:

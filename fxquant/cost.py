@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .estimators import Estimator
-from .layers import QATConv2d, QATLayer
+from .layers import QATLayer
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,7 @@ def unpacked_bytes(model: nn.Module) -> int:
     layers = qat_layers(model)
     counted: set[int] = {id(p) for p in quantizer_parameters(model)}
     for layer in layers.values():
-        counted.update(id(p) for p in layer.parameters())
-        if isinstance(layer, QATConv2d) and layer.bn is not None:
-            counted.update(id(p) for p in layer.bn.parameters())
+        counted.update(id(p) for p in layer.parameters())  # BatchNorm's among them
     channels = sum(layer.weight.shape[0] for layer in layers.values())
     return 8 * channels + sum(4 * p.numel() for p in model.parameters() if id(p) not in counted)
 

@@ -140,7 +140,8 @@ def get_backend_config(backend: str = "x86", *, captured: bool = False) -> Backe
     torch.ao's own. Anything else stays float.
 
     Args:
-        backend: ``x86``, ``onednn``, ``fbgemm`` or ``qnnpack``.
+        backend: a name of :data:`fxquant.spec.BACKENDS`; torch.ao's own convert and kernels know ``x86``, ``onednn``,
+            ``fbgemm`` and ``qnnpack``.
         captured: add what :func:`fxquant.prepare` alone can use, because torch.ao's own convert has no such layers:
             ReLU6 inside of the layer before it, and layers with a computed weight.
 

@@ -204,8 +204,20 @@ def test_rules_keep_their_options(images):
         {"delta": 0.5},
     )
     values = tomllib.loads(found.to_toml())
+    assert "options" not in tomllib.loads(found.to_toml("ewgs", {"delta": 0.5}))["rules"][0]
     base = {"name": "x", "model": {"name": "resnet18"}, "data": {"name": "digits"}, "train": {"epochs": 1}}
     assert parse_recipe({**base, **values}, "x").built_rules() == found.rules
+
+
+def test_rules_without_the_options_of_their_recipe_say_so(images):
+    quantization = {"estimator": "ewgs", "options": {"delta": 0.3}}
+    rules = [Rule("stem", 4, 4, "ewgs"), Rule("*", 4, 4, "ewgs", options={"delta": 0.3})]
+    model = fq.prepare(settle(TinyResidual(), images), rules, calibration=[images])
+    found = fq.allocate(model, Budget(mean_weight_bits=3), known(TENSORS | {"stem.weight": 1, "stem.input": 1}))
+    table = tomllib.loads(found.to_toml("ewgs", quantization["options"]))
+    assert [rule.get("options") for rule in table["rules"] if rule["pattern"] in ("stem", "conv1")] == [{}, None]
+    base = {"name": "x", "model": {"name": "resnet18"}, "data": {"name": "digits"}, "train": {"epochs": 1}}
+    assert parse_recipe({**base, "quantization": quantization, **table}, "x").built_rules() == found.rules
 
 
 @pytest.mark.parametrize("sensitivity", ["fisher", "loss", "capacity"])

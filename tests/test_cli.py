@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fxquant import cli
+from fxquant.coverage import row
 
 from .conftest import RECIPES, ROOT
 
@@ -233,6 +234,19 @@ def test_coverage_of_a_model_is_resumed(tmp_path):
     again = fxquant(*arguments, "--resume")
     assert again.stdout == done.stdout
     assert (tmp_path / "coverage_w4.csv").read_text() == table
+
+
+def test_what_coverage_cannot_read_is_said(tmp_path):
+    done = fxquant("coverage", "--models", tmp_path / "none.txt", "--output", tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "cannot be read (FileNotFoundError" in done.stderr
+    (tmp_path / "models.txt").write_text("test_resnet 64\n")
+    row.begin(tmp_path / "coverage_w4.csv")
+    with (tmp_path / "coverage_w4.csv").open("a") as file:
+        file.write("test_resnet,64\n")  # cut short
+    done = fxquant("coverage", "--models", tmp_path / "models.txt", "--output", tmp_path, "--bits", "4", "--resume")
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "is no table of fxquant coverage" in done.stderr
 
 
 def test_failed_parity_is_its_own_exit_status(monkeypatch, digits_run, tmp_path):

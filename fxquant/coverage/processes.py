@@ -47,10 +47,16 @@ def read_models(path: Path) -> list[tuple[str, int]]:
     """Lines of ``name input_size``; ``#`` begins a comment.
 
     Raises:
-        FxQuantError: for a line that is something else.
+        FxQuantError: for a file that cannot be read, and a line that is something else.
     """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FxQuantError(
+            f"{path} cannot be read ({in_short(error)}); --models takes lines of 'model input_size'"
+        ) from None
     models = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         words = line.split("#")[0].split()
         if not words:
             continue

@@ -95,7 +95,7 @@ def read(path: Path) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return [Row(**{f.name: _typed(f.type, line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:  # a line that was cut short has None at its end
         raise CheckpointError(f"{path} is no table of fxquant coverage ({error!r}); name another --output") from None
 
 

@@ -139,7 +139,8 @@ class _Run:
         if recipe.allocation is not None and state is None:
             # Each process measures the same, that none waits long for another; the first one's widths are taken.
             allocation = allocate_for(recipe, model)
-            self._write(write_text, checkpoint.RULES, allocation.to_toml(recipe.quantization.estimator))
+            table = allocation.to_toml(recipe.quantization.estimator, recipe.quantization.options)
+            self._write(write_text, checkpoint.RULES, table)
             rules = ChosenRules(self.processes.from_first(lambda: allocation.rules))
             with whole_batch():
                 model = prepared_with(recipe, self.float_model, rules.rules, plain)
