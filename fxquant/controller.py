@@ -99,8 +99,8 @@ class Controller:
         """What the estimators' schedules say at this step (PEGE's ``replaced``, GDNSQ's ``temperature``), by name; the
         mean over the estimators that follow one."""
         values: dict[str, list[float]] = {}
-        for _, name, schedule in self._schedules:
-            values.setdefault(name, []).append(schedule(self.steps_done))
+        for estimator, name, _ in self._schedules:
+            values.setdefault(name, []).append(getattr(estimator, name))
         return {name: sum(of_each) / len(of_each) for name, of_each in values.items()}
 
     def step(self) -> None:

@@ -60,15 +60,16 @@ def settle(
     for estimator in estimators:
         estimator.require_initialized()
     widths = fix_widths(model, budget)
-    data = calibration if calibration is not None else info.calibration
+    data = info.calibration if calibration is None else calibration
+    data = None if data == () else data
     if not all(layer.frozen for layer in cost.qat_layers(model).values()):
         for estimator in estimators:
             estimator.may_refit = True  # these are training data
         try:
-            if data is not None and data != ():
+            if data is not None:
                 reestimate_batch_norm(model, data)
             if any(estimator.refit for estimator in estimators):  # nothing was there to re-estimate
-                _set_pending_ranges(model, info.calibration if data is None or data == () else data)
+                _set_pending_ranges(model, info.calibration if data is None else data)
         finally:
             for estimator in estimators:
                 estimator.may_refit = False

@@ -364,15 +364,8 @@ def test_widths_come_down_one_bit_at_a_time(with_vnni, images, estimator):
         final.append(controller.final)
         controller.step()
     assert seen == [(4, 4), (4, 4), (3, 4), (3, 4), (2, 3), (2, 3), (2, 3), (2, 3)]
-    assert changes == [
-        1,
-        1,
-        2,
-        2,
-        3,
-        3,
-        *[4 if estimator == "nipq" else 3] * 2,
-    ]  # and where noise ends
+    last = 4 if estimator == "nipq" else 3  # where noise ends, weights mean something else too
+    assert changes == [1, 1, 2, 2, 3, 3, last, last]
     assert final == [False] * 4 + [estimator != "nipq"] * 2 + [True] * 2
     assert stem.weight_fake_quant.whole_bits == 8
     # No optimizer took a step: the last fit is the one that prepare() made.
