@@ -11,13 +11,12 @@ from torch import Tensor, fx, nn
 
 from .errors import CheckpointError, NotFrozenError
 from .estimators import Estimator
-from .freeze import freeze
+from .freeze import freeze_scales
 from .graph import called_module
 from .integer import Dequantize, Quantize
 from .layers import QATLayer
 from .prepare import prepare, prepared_info
 from .spec import Rule
-from .widths import fix_widths
 
 SOURCE = "fxquant_source"
 """Key of a reference node's ``meta``: the name of the prepared graph's node that computes the same tensor."""
@@ -113,15 +112,11 @@ def blank_reference(
                 parameter.normal_()  # prepare refuses a weight without a range
     options = {"backend": backend, "residual_bits": residual_bits, "vnni": True}  # the rules' widths, on any CPU
     prepared = prepare(model, rules, example_inputs=(example,), **options)
-    estimators = [module for module in prepared.modules() if isinstance(module, Estimator)]
-    for estimator in estimators:
-        estimator.initialized.fill_(1)  # shapes are all that matters
-        estimator._read_flags()
-    fix_widths(prepared)
-    for estimator in estimators:
-        estimator.refit.zero_()
-        estimator._read_flags()
-    freeze(prepared)
+    for module in prepared.modules():
+        if isinstance(module, Estimator):
+            module.initialized.fill_(1)  # shapes are all that matters
+            module._read_flags()
+    freeze_scales(prepared.eval())
     return convert(prepared)
 
 

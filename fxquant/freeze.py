@@ -43,11 +43,16 @@ def freeze(
             are to be set anew and no images to do so.
     """
     widths = settle(model, budget, calibration=calibration)
+    freeze_scales(model)
+    avoid_ties(model)
+    return widths
+
+
+def freeze_scales(model: nn.Module) -> None:
+    """The part of :func:`freeze` after :func:`settle`: every scale and zero-point fixed as it is."""
     for module in model.modules():
         if isinstance(module, (QATLayer, Estimator)):
             module.freeze()
-    avoid_ties(model)
-    return widths
 
 
 def settle(
