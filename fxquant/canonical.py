@@ -61,12 +61,40 @@ def name_arithmetic_alike(traced: fx.GraphModule) -> None:
             node.target = F.relu
 
 
+_DROPOUT = {
+    F.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+}  # not F.alpha_dropout: it drops only where it is told to, and whether it was told cannot be seen
+
+
+def name_dropout(traced: fx.GraphModule) -> None:
+    """``F.dropout(x, p, self.training)`` to ``nn.Dropout(p)`` (timm's ``drop_rate``), which goes on dropping in
+    training; capture, made in eval mode, has baked ``training=False`` into the function."""
+    for node in list(traced.graph.nodes):
+        if node.op != "call_function" or node.target not in _DROPOUT:
+            continue
+        name = _fresh(traced, f"{node.name}_module")
+        p = _dropout_probability(*node.args, **node.kwargs)
+        traced.add_submodule(name, _DROPOUT[node.target](p).train(traced.training))
+        with traced.graph.inserting_after(node):
+            call = traced.graph.call_module(name, tuple(node.all_input_nodes))
+        call.meta.update(node.meta)
+        node.replace_all_uses_with(call)
+        traced.graph.erase_node(node)
+
+
+def _dropout_probability(input, p=0.5, training=True, inplace=False) -> float:
+    return p
+
+
 def remove_identities(traced: fx.GraphModule) -> None:
     """Drop Identity and Dropout(0) calls (timm's ``drop_block``, ``aa``): they stand between BatchNorm and ReLU and
     would keep the two from being fused into the convolution."""
     for node in list(traced.graph.nodes):
         module = _module(traced, node)
-        if isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0):
+        if isinstance(module, nn.Identity) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0):
             node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
 
@@ -423,8 +451,8 @@ def _bounds(input, min_val=-1.0, max_val=1.0, inplace=False) -> tuple[float, flo
 
 MODULE_PASSES = (open_fused_attention,)
 GRAPH_PASSES = (
-    name_arithmetic_alike, positional_input, split_batch_norm_act, keep_batch_statistics, remove_identities,
-    name_layers, number_padding, fold_padding, name_relu6,
+    name_arithmetic_alike, positional_input, split_batch_norm_act, keep_batch_statistics, name_dropout,
+    remove_identities, name_layers, number_padding, fold_padding, name_relu6,
 )  # fmt: skip
 
 
