@@ -234,6 +234,10 @@ def test_coverage_of_a_model_is_resumed(tmp_path):
     again = fxquant(*arguments, "--resume")
     assert again.stdout == done.stdout
     assert (tmp_path / "coverage_w4.csv").read_text() == table
+    again = fxquant(*arguments)
+    assert (again.returncode, "Traceback" in again.stderr) == (2, False)
+    assert "holds 2 rows; pass --resume to keep them" in again.stderr.replace("\n", " ")
+    assert (tmp_path / "coverage_w4.csv").read_text() == table
 
 
 def test_what_coverage_cannot_read_is_said(tmp_path):

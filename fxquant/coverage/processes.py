@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import FxQuantError, in_short
+from ..errors import CheckpointError, FxQuantError, in_short
 from ..synthetic import random_images, settled
 from . import ours, plain
 from .row import STAGES, Row, append, begin, read
@@ -84,8 +84,15 @@ def cover(
         resume: keep the rows that are there and do the rest.
         watch: called with each row.
         way: one of :data:`WAYS`.
+
+    Raises:
+        CheckpointError: for an ``output`` that holds rows, if they are not to be kept, or something else.
     """
-    done = {(row.model, row.input_size, row.bits): row for row in read(output)} if resume and output.exists() else {}
+    done = {(row.model, row.input_size, row.bits): row for row in read(output)} if output.exists() else {}
+    if done and not resume:
+        raise CheckpointError(
+            f"{output} holds {len(done)} rows; pass --resume to keep them and do the rest, or name another --output"
+        )
     if not done:
         begin(output)
     rows = []

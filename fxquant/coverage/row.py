@@ -25,7 +25,8 @@ class Row:
         layers: quantized layers; ``opaque`` are submodules kept as one float call.
         conv_bn_fused, conv_bn_total: BatchNorms folded into their convolution, of those that follow one.
         integer_macs: share of all multiply-accumulates (attention's products included) on integer kernels.
-        float_difference: largest difference of the captured graph from the model, relative to its largest output.
+        float_difference: largest difference from the model, relative to its largest output, of the captured graph; of
+            the prepared graph, not quantizing, for torch.ao, where the two are one step.
         without_gradient: trainable parameters without a finite gradient after one step.
         reference_equal: whether the reference equals the frozen model, bit for bit.
         agreement: per cent of images whose argmax on x86 is the reference's.
