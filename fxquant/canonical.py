@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from .computed import ComputedConv2d, ComputedLinear
+from .graph import unused_name
 from .layers import QATConv2d, QATLinear
 
 # ---- on modules, before capture --------------------------------------------------------------------------
@@ -75,7 +76,7 @@ def name_dropout(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
         if node.op != "call_function" or node.target not in _DROPOUT:
             continue
-        name = _fresh(traced, f"{node.name}_module")
+        name = unused_name(traced, f"{node.name}_module")
         p = _dropout_probability(*node.args, **node.kwargs)
         traced.add_submodule(name, _DROPOUT[node.target](p).train(traced.training))
         with traced.graph.inserting_after(node):
@@ -104,8 +105,10 @@ def split_batch_norm_act(traced: fx.GraphModule) -> None:
     and the activation after it; traced through, it would bake ``training=True``."""
     called = {node: _module(traced, node) for node in traced.graph.nodes}  # a module may be called more than once
     for node, module in called.items():
-        if not isinstance(module, nn.BatchNorm2d) or type(module) is nn.BatchNorm2d or not hasattr(module, "act"):
+        if not isinstance(module, nn.BatchNorm2d) or type(module) is nn.BatchNorm2d:
             continue
+        if "act" not in module._modules or getattr(module, "drop", None) is not module._modules.get("drop"):
+            continue  # not timm's, whose activation is a module
         plain = nn.BatchNorm2d(
             module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta"
         )
@@ -436,7 +439,7 @@ def name_relu6(traced: fx.GraphModule) -> None:
             node.target is F.relu6 or (node.target is F.hardtanh and _bounds(*node.args, **node.kwargs) == (0, 6))
         )
         if hardtanh or function:
-            name = _fresh(traced, f"{node.name}_relu6")
+            name = unused_name(traced, f"{node.name}_relu6")
             traced.add_submodule(name, nn.ReLU6())
             with traced.graph.inserting_after(node):
                 call = traced.graph.call_module(name, tuple(node.all_input_nodes))
@@ -463,10 +466,3 @@ def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 def _replace(traced: fx.GraphModule, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(traced.get_submodule(parent), leaf, module)
-
-
-def _fresh(traced: fx.GraphModule, name: str) -> str:
-    taken = dict(traced.named_modules())
-    while name in taken:
-        name += "_"
-    return name

@@ -6,7 +6,6 @@ import copy
 import operator
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, fx, nn
 
 from .errors import CheckpointError, NotFrozenError
@@ -15,7 +14,7 @@ from .freeze import freeze_scales
 from .graph import called_module
 from .integer import Dequantize, Quantize
 from .layers import QATLayer
-from .prepare import prepare, prepared_info
+from .prepare import prepare, prepared_info, spread_constant_weights
 from .spec import Rule
 
 SOURCE = "fxquant_source"
@@ -44,19 +43,19 @@ def convert(model: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
 
-    flat_names: dict[str, str] = {}
+    flat_names: dict[tuple[str, str], str] = {}
 
-    def flatten(name: str) -> str:
-        """``name`` without dots; another name that flattens alike gets a number."""
-        if name not in flat_names:
-            flat, taken = name.replace(".", "_"), set(flat_names.values())
+    def flatten(name: str, part: str = "") -> str:
+        """``name`` without dots, of a part of a layer with ``_part`` behind it; one that is taken gets underscores."""
+        if (name, part) not in flat_names:
+            flat, taken = name.replace(".", "_") + (part and f"_{part}"), set(flat_names.values())
             while flat in taken:
                 flat += "_"
-            flat_names[name] = flat
-        return flat_names[name]
+            flat_names[name, part] = flat
+        return flat_names[name, part]
 
-    def call(name: str, module: nn.Module, argument: fx.Node) -> fx.Node:
-        flat = flatten(name)
+    def call(name: str, part: str, module: nn.Module, argument: fx.Node) -> fx.Node:
+        flat = flatten(name, part)
         if not hasattr(root, flat):
             root.add_module(flat, module)
         return graph.create_node("call_module", flat, (argument,), name=flat)
@@ -66,18 +65,16 @@ def convert(model: fx.GraphModule) -> fx.GraphModule:
         if isinstance(module, QATLayer):
             form = copy.deepcopy(module.integer_form())
             entry = env[node.args[0]]
-            if module.input_is_quantized:
-                codes = entry.args[0]  # those of the edge it reads
-            else:
-                codes = call(f"{node.target}_quantize", form.quantize, entry)
-            sums = call(f"{node.target}_integer", form.layer, codes)
-            env[node] = call(f"{node.target}_rescale", form.rescale, sums)
+            # Those of the edge it reads, or its own.
+            codes = entry.args[0] if module.input_is_quantized else call(node.target, "quantize", form.quantize, entry)
+            sums = call(node.target, "integer", form.layer, codes)
+            env[node] = call(node.target, "rescale", form.rescale, sums)
             env[node].meta[SOURCE] = node.name
         elif isinstance(module, Estimator):
             scale, zero = module.calculate_qparams()
             entry = Quantize(scale, zero, module.quant_min, module.quant_max)
-            codes = call(f"{node.target}_quantize", entry, env[node.args[0]])
-            env[node] = call(f"{node.target}_dequantize", Dequantize(scale, zero), codes)
+            codes = call(node.target, "quantize", entry, env[node.args[0]])
+            env[node] = call(node.target, "dequantize", Dequantize(scale, zero), codes)
             env[node].meta[SOURCE] = node.name
         elif module is not None:
             env[node] = graph.node_copy(node, env.__getitem__)
@@ -106,10 +103,7 @@ def blank_reference(
     Its values mean nothing; those of ``model`` do not matter.
     """
     model = copy.deepcopy(model)
-    with torch.random.fork_rng(), torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1 and parameter.min() == parameter.max():
-                parameter.normal_()  # prepare refuses a weight without a range
+    spread_constant_weights(model)
     options = {"backend": backend, "residual_bits": residual_bits, "vnni": True}  # the rules' widths, on any CPU
     prepared = prepare(model, rules, example_inputs=(example,), **options)
     for module in prepared.modules():

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
 from .estimators import Estimator
-from .graph import called_module
+from .graph import called_module, unused_name
 from .layers import QATConv2d, QATLayer
 from .qconfig import EDGE_OPERATORS, MOVES_VALUES, OperandFakeQuantize
 from .spec import BackendSpec
@@ -57,7 +57,7 @@ def place_edges(prepared: fx.GraphModule, profile: BackendSpec) -> None:
             continue
         edge = edge_of(node)
         if id(edge) not in names:
-            names[id(edge)] = f"{node.args[0].name}_edge"
+            names[id(edge)] = unused_name(prepared, f"{node.args[0].name}_edge")
             prepared.add_submodule(names[id(edge)], edge)
         node.target = names[id(edge)]
     # torch.ao registers a shared quantizer under several names; keep the one that the graph calls.
@@ -105,7 +105,7 @@ def place_operand_edges(prepared: fx.GraphModule, bits: int) -> None:
             if isinstance(called_module(source, modules), Estimator):
                 continue
             if source not in edges:
-                name = f"{source.name}_edge"
+                name = unused_name(prepared, f"{source.name}_edge")
                 modules[name] = OperandFakeQuantize(bits)
                 prepared.add_submodule(name, modules[name])
                 with prepared.graph.inserting_after(source):

@@ -12,3 +12,10 @@ def called_module(node: Any, modules: Mapping[str, nn.Module]) -> nn.Module | No
     """The module that a node calls, of ``modules`` by name; None for other nodes, and for arguments that are none."""
     is_call = isinstance(node, fx.Node) and node.op == "call_module"
     return modules.get(node.target) if is_call else None
+
+
+def unused_name(root: nn.Module, name: str) -> str:
+    """``name``, or that with underscores behind it, that no attribute of ``root`` has."""
+    while hasattr(root, name):
+        name += "_"
+    return name

@@ -208,6 +208,15 @@ def _require_same(prepared: fx.GraphModule, images: tuple[Tensor, ...], captured
     raise TraceError(f"{what} (by up to {(found - captured).abs().max():.3g} before anything is quantized)")
 
 
+def spread_constant_weights(model: nn.Module) -> None:
+    """Random values, in place, for weights that are one number (classifiers that begin at 0), which prepare refuses:
+    for a model whose structure is all that matters, or whose weights come later."""
+    with torch.random.fork_rng(), torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and parameter.min() == parameter.max():
+                parameter.normal_()
+
+
 def calibrate(model: nn.Module, batches: Iterable, max_batches: int = 16) -> None:
     """Set the ranges of all activation quantizers from up to ``max_batches`` batches, in float.
 

@@ -292,6 +292,20 @@ def test_batch_norm_act_is_split(arguments, expected):
     assert not any(getattr(m, "inplace", False) for m in out.modules())
 
 
+@pytest.mark.parametrize("act", [F.relu, "relu"])
+def test_a_batch_norm_whose_activation_is_no_module_stays_one_call(act):
+    class Activated(nn.BatchNorm2d):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.act = act
+
+        def forward(self, x):
+            return getattr(F, act)(super().forward(x)) if isinstance(act, str) else self.act(super().forward(x))
+
+    out = after(canonical.split_batch_norm_act, block(Activated(4)), images())
+    assert calls(out) == [nn.Conv2d, Activated]
+
+
 def test_an_activation_with_parameters_keeps_its_name_also_where_the_batch_norm_is_fused():
     model = block(timm.layers.BatchNormAct2d(4, act_layer=nn.PReLU))
     nn.init.constant_(model[1].act.weight, 0.1)

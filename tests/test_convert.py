@@ -352,3 +352,39 @@ def test_the_float_model_is_left_as_it_is(model, training):
     assert not any(hasattr(m, "qconfig") for m in original.modules())
     assert all(p.grad is None and p.requires_grad for p in original.parameters())
     assert all(m.inplace for m in original.modules() if isinstance(m, nn.ReLU))
+
+
+class Named(nn.Module):
+    """Two layers and an activation, under names that fxquant gives to what it makes of the first one."""
+
+    def __init__(self, name: str, other: nn.Module):
+        super().__init__()
+        self.c, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+        self.add_module(name, other)
+        self.other = name
+
+    def forward(self, x):
+        x = self.c(x)
+        return self.fc((x + getattr(self, self.other)(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        *((f"c_{part}", nn.PReLU) for part in ("quantize", "integer", "rescale")),
+        ("c_edge", lambda: nn.Conv2d(8, 8, 1)),
+        ("add_edge", lambda: nn.Conv2d(8, 8, 1)),
+        ("c_rescale_", nn.PReLU),
+    ],
+)
+def test_a_users_module_may_have_the_name_of_one_of_ours(name, other, tmp_path):
+    x = images()
+    model = Named(name, other()).eval()
+    prepared = fq.prepare(model, [fq.Rule("*", 8, 8)], calibration=[x])
+    fq.freeze(prepared)
+    reference = fq.convert(prepared)
+    assert fq.verify(prepared, reference, [x]).reference_equals_fake_quant
+    with torch.no_grad():
+        assert (reference(x) - model(x)).abs().max() < 0.05 * model(x).abs().max()
+    fq.save(reference, tmp_path / "model.fxq")
+    assert torch.equal(fq.load(tmp_path / "model.fxq", model)(x), reference(x))
