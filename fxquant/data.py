@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
@@ -338,7 +339,8 @@ class TimmData:
         for key in ("mean", "std"):  # timm gives three for grey images as well
             values = tuple(config[key])
             common[key] = values if len(values) == self.channels else (float(np.mean(values)),) * self.channels
-        self.plain_set = self._dataset(splits[0], {**common, "crop_pct": config["crop_pct"]}, is_training=False)
+        evaluated = common | {key: config[key] for key in ("crop_pct", "crop_mode") if key in config}
+        self.plain_set = self._dataset(splits[0], evaluated, is_training=False)
         if taken := _OWN_ARGUMENTS & set(augmentation):
             raise FxQuantError(
                 f"data.augmentation sets {sorted(taken)}, which follow from the model and the other keys"
@@ -352,7 +354,7 @@ class TimmData:
                 f"the data set {name!r} is a stream, of which {process_count()} processes cannot read even parts; "
                 "train in one process, or unpack it into a folder (data.name = 'folder')"
             )
-        self.test_set = self._dataset(splits[1], {**common, "crop_pct": config["crop_pct"]}, is_training=False)
+        self.test_set = self._dataset(splits[1], evaluated, is_training=False)
         self.example = torch.randn(1, self.channels, size, size, generator=torch.Generator().manual_seed(0))
         trained, tested = (self._class_names(d) for d in (self.train_set, self.test_set))
         if trained != tested:
@@ -396,10 +398,18 @@ class TimmData:
                 batch_size=self.batch_size,
                 seed=seed,
             )
-            dataset.transform = _Converted(mode, timm.create_transform(**transform, is_training=is_training))
             empty = not isinstance(dataset, IterableDataset) and not len(dataset)
         except (RuntimeError, OSError, ImportError, AssertionError, TypeError, ValueError) as error:
             raise FxQuantError(f"timm cannot open {self.name!r} in {root}, split {split!r}: {error!r}") from error
+        try:
+            dataset.transform = _Converted(mode, timm.create_transform(**transform, is_training=is_training))
+            with _drawing_from(split):  # values that it cannot use come out at the first image
+                dataset.transform(Image.new("RGB", transform["input_size"][:0:-1]))
+        except Exception as error:
+            given = {key: value for key, value in transform.items() if key not in _OWN_ARGUMENTS}
+            raise FxQuantError(
+                f"timm cannot transform images by {given}, which data.augmentation is a part of: {error!r}"
+            ) from error
         if empty:
             raise EmptyDataError(f"{root} holds no image; it has one subfolder a class, with images in it")
         return dataset

@@ -6,6 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -172,8 +173,35 @@ def test_augmentation_takes_timms_options(image_folder):
     (first, second) = passes(still, 0, 1)
     key = lambda batches: sorted(tuple(i.flatten().tolist()) for images, _ in batches for i in images)  # noqa: E731
     assert len(set(key(first)) | set(key(second))) <= 14
-    with pytest.raises(FxQuantError, match=r"timm cannot open .*no_augs"):
+    with pytest.raises(FxQuantError, match=r"timm cannot transform images by .*no_augs"):
         opened(image_folder, augmentation={"no_augs": True})
+
+
+@pytest.mark.parametrize("value", [{"interpolation": "nearest-ish"}, {"ratio": [0, 0]}, {"color_jitter": "a"}])
+def test_augmentation_that_no_image_can_be_given_is_said_before_the_first(image_folder, value):
+    before = random.getstate(), torch.get_rng_state()
+    with pytest.raises(
+        FxQuantError, match=rf"timm cannot transform images by .*{next(iter(value))}.*data.augmentation"
+    ):
+        opened(image_folder, augmentation=value)
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_held_out_images_are_cut_out_as_the_model_wants_them(tmp_path, mode):
+    """Wide images, black on the left and white on the right; timm's own transform of that crop mode says how."""
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        image = Image.new("RGB", (80, 40), "white")
+        image.paste("black", (0, 0, 30, 40))
+        image.save(tmp_path / split / "a" / "0.png")
+    config = CONFIG | {"crop_mode": mode}
+    data = opened(tmp_path, config=config)
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    expected = timm.data.create_transform(**{key: config[key] for key in keys})(image)
+    for loader in (data.test(), data.plain()):
+        assert torch.equal(next(iter(loader))[0][0], expected)
 
 
 def test_held_out_images_can_be_fewer(image_folder):
