@@ -163,7 +163,8 @@ def checkpoint_for(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
             return None
         raise CheckpointError(f"{folder} was begun with another recipe than the one given; name another --output")
     content = load_checkpoint(path)
-    if differing := _differing_keys(content["recipe"], recipe, path):
+    differing = _differing_keys(content["recipe"], recipe, path, but=_BEGAN_WITH)
+    if differing:
         raise CheckpointError(
             f"{path} is of another recipe than the one given; it differs in {', '.join(differing)}. Resume with the "
             "same recipe, seed and --set, or name another --output"
@@ -215,8 +216,15 @@ def stored_recipe(text: str, path: Path) -> Recipe:
         raise CheckpointError(f"the recipe stored in {path} cannot be read: {error}") from None
 
 
-def _differing_keys(stored: str | bytes, recipe: Recipe, path: Path) -> list[str]:
+_BEGAN_WITH = ("checkpoint", "pretrained")
+"""Keys of the model that say where the weights of a run come from that has a checkpoint of its own by now."""
+
+
+def _differing_keys(stored: str | bytes, recipe: Recipe, path: Path, but: tuple[str, ...] = ()) -> list[str]:
     """Where two recipes differ in what matters. A key that an older version's recipe lacks has its default.
+
+    Args:
+        but: keys of the model that do not matter.
 
     Raises:
         CheckpointError: where ``stored``, of the file ``path``, is none.
@@ -224,19 +232,20 @@ def _differing_keys(stored: str | bytes, recipe: Recipe, path: Path) -> list[str
     try:
         with contextlib.suppress(RecipeError):
             stored = parse_recipe(json.loads(stored), "the run").to_json()
-        before = _what_matters(stored)
+        before = _what_matters(stored, but)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"the recipe stored in {path} is damaged ({error!r}); start the run anew in another folder"
         ) from None
-    return _differences(before, _what_matters(recipe.to_json()))
+    return _differences(before, _what_matters(recipe.to_json(), but))
 
 
-def _what_matters(recipe: str | bytes) -> dict[str, Any]:
+def _what_matters(recipe: str | bytes, but: tuple[str, ...]) -> dict[str, Any]:
     """A recipe without where its images lie and how they are read, and what it does about a divergence: of a run that
     has come so far, nothing would be different."""
     values = json.loads(recipe)
     values.pop("divergence", None)
+    values["model"] = {k: v for k, v in values["model"].items() if k not in but}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("dir", "cache", "workers")}
     return values
 

@@ -101,7 +101,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable) -> None:
 
     A last batch smaller than the first is left out: it would weigh as much as a whole one.
     """
-    norms = _batch_norms(model)
+    norms = batch_norms(model)
     if not norms:
         return
     if any(layer.frozen for layer in cost.qat_layers(model).values()):
@@ -138,7 +138,7 @@ def hold_batch_norm(model: nn.Module, hold: bool = True) -> None:
 
     It survives ``model.train()``. :func:`freeze` still re-estimates the statistics, unless told not to.
     """
-    for norm in _batch_norms(model):
+    for norm in batch_norms(model):
         if hold and _stay_in_eval not in norm._forward_pre_hooks.values():
             norm.register_forward_pre_hook(_stay_in_eval)
         norm.statistics_held = hold
@@ -149,5 +149,6 @@ def _stay_in_eval(norm: nn.Module, args: tuple) -> None:
         norm.eval()
 
 
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """BatchNorm of any dimension, those inside of layers too."""
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

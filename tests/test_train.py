@@ -10,12 +10,21 @@ from safetensors.torch import save_file
 
 import fxquant.timm
 from fxquant import checkpoint
-from fxquant.errors import CheckpointError, DivergenceError, FxQuantError, OutputFolderError, RuleError, SpecError
+from fxquant.errors import (
+    CheckpointError,
+    ConstantTensorError,
+    DivergenceError,
+    FxQuantError,
+    OutputFolderError,
+    RuleError,
+    SpecError,
+)
 from fxquant.files import write_json
 from fxquant.lower import packed
 from fxquant.recipe import load_recipe
 from fxquant.synthetic import random_images, settled
 from fxquant.train import Silent, build_model, load_run, run
+from fxquant.train.build import model_and_data, prepared_with, prepared_without_data
 from fxquant.verify import verify
 
 from .conftest import RECIPES
@@ -328,6 +337,51 @@ def test_weights_come_from_a_file_or_it_is_said_that_they_cannot_be_loaded(image
             built(file)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["model.options.in_chans=3"],
+            r"test_resnet does not take images of shape \[1, 16, 16\] \(RuntimeError: Given",
+        ),
+        (["model.options.features_only=true"], r"test_resnet with model.options = .* returns list; training takes one"),
+        (
+            ["model.options.global_pool=''", "model.options.num_classes=0"],
+            r"returns \[1, 96, 1, 1\]; training takes one",
+        ),
+        (
+            ["data.batch_size=1"],
+            r"cannot be trained with optimizer 'adamw' on 1 images \(ValueError: Expected more than",
+        ),
+        (["float.optimizer=adahessian"], r"cannot be trained with optimizer 'adahessian' on 2 images"),
+    ],
+)
+@pytest.mark.parametrize("quantizes", [True, False])
+def test_what_a_model_cannot_do_comes_out_before_anything_is_written(overrides, words, quantizes, tmp_path):
+    if quantizes and "model" in overrides[0]:
+        words = "differs|cannot|returns|does not take|Given"  # of prepare, which tries the model first
+    recipe = "digits_w4a4_lsq.toml" if quantizes else "base/digits.toml"
+    text = (RECIPES / recipe).read_text()
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'extends = "{RECIPES / recipe}"\n' if quantizes else text[: text.index("[train]")])
+    with pytest.raises(FxQuantError, match=words):
+        run(load_recipe(path, overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_classifier_that_begins_at_zero_is_prepared_for_the_weights_to_come():
+    """As timm's mixers are built: a constant has no range, and is refused where it is what there is to quantize."""
+    recipe = load_recipe(RECIPES / "digits_w4a4_lsq.toml")
+    _, data = model_and_data(recipe)
+    model = fxquant.timm.create_model("test_resnet", num_classes=10, in_chans=1)
+    torch.nn.init.zeros_(model.fc.weight)
+    prepared = prepared_without_data(recipe, model, recipe.built_rules(), data)
+    assert prepared.get_submodule("fc").weight.abs().max() > 0
+    torch.nn.init.zeros_(model.fc.weight)
+    with pytest.raises(ConstantTensorError, match="'fc'"):
+        prepared_with(recipe, model, recipe.built_rules(), data.plain())
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_checkpoint_takes_the_place_of_pretrained_weights(suffix, tmp_path):
     model, path = fxquant.timm.create_model("resnet20"), tmp_path / f"weights{suffix}"
@@ -360,7 +414,7 @@ def test_a_checkpoint_that_cannot_be_taken_is_said(tmp_path):
 
 
 def test_resnet20_resumes_exactly_and_is_read_back_without_its_checkpoint(tmp_path):
-    """With crops and mirrored images, from a folder and a cache that may lie elsewhere by then."""
+    """With crops and mirrored images; folder, cache and the weights it began with may lie elsewhere by then, or not."""
     drawn = np.random.default_rng(0)
     for part, each in (("train", 6), ("test", 2)):
         for label in "abc":
@@ -379,10 +433,12 @@ def test_resnet20_resumes_exactly_and_is_read_back_without_its_checkpoint(tmp_pa
     assert len(whole.result["layers"]) == 20
     with pytest.raises(KeyboardInterrupt):
         run(load_recipe(path, overrides), tmp_path / "cut", progress=Cut("quantized", 4))
-    cached = [*overrides, f"data.cache='{tmp_path / 'cache'}'"]
+    weights.unlink()
+    cached = [*overrides, f"data.cache='{tmp_path / 'cache'}'", "model.checkpoint='elsewhere.pt'"]
+    with pytest.raises(CheckpointError, match=r"differs in train\.lr \([^)]*\)\. "):
+        run(load_recipe(path, [*cached, "train.lr=1e-5"]), tmp_path / "cut", resume=True)
     resumed = run(load_recipe(path, cached), tmp_path / "cut", resume=True)
     assert all(torch.equal(t, resumed.reference.state_dict()[n]) for n, t in whole.reference.state_dict().items())
-    weights.unlink()
     loaded = load_run(tmp_path / "whole").reference.state_dict()
     assert all(torch.equal(t, loaded[n]) for n, t in whole.reference.state_dict().items())
 

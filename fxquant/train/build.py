@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from ..data import Data, Loader, expanded, open_data
 from ..errors import FxQuantError, UnknownNameError, in_short
-from ..prepare import prepare
+from ..prepare import prepare, spread_constant_weights
 from ..recipe import Recipe
 from ..spec import Rule
 
@@ -71,13 +71,19 @@ def make_optimizer(groups: list[dict], name: str) -> torch.optim.Optimizer:
         raise FxQuantError(f"optimizer {name!r} was asked for, which timm does not make: {error}") from None
 
 
+def bare_model(recipe: Recipe) -> nn.Module:
+    """The float model of a recipe without the weights that it begins with: no file, no network. Raises as
+    :func:`build_model`."""
+    options = {key: value for key, value in recipe.model.options.items() if key != "checkpoint_path"}
+    section = recipe.model.model_copy(update={"pretrained": False, "checkpoint": None, "options": options})
+    return build_model(recipe.model_copy(update={"model": section}))
+
+
 def model_and_data(recipe: Recipe) -> tuple[nn.Module, Data]:
     """A recipe's model, without pretrained weights, and its data set, transformed as that model wants it."""
     from .. import timm
 
-    bare = {key: value for key, value in recipe.model.options.items() if key != "checkpoint_path"}
-    section = recipe.model.model_copy(update={"pretrained": False, "checkpoint": None, "options": bare})
-    model = build_model(recipe.model_copy(update={"model": section}))
+    model = bare_model(recipe)
     return model, open_data(**recipe.data.model_dump(), config=timm.resolve_model_data_config(model))
 
 
@@ -87,7 +93,11 @@ def prepared_with(recipe: Recipe, model: nn.Module, rules: Sequence[Rule], calib
 
 
 def prepared_without_data(recipe: Recipe, model: nn.Module, rules: Sequence[Rule], data: Data) -> fx.GraphModule:
-    """A recipe's model prepared with these rules: the right structure and no ranges yet, to load a file into."""
+    """A recipe's model prepared with these rules: the right structure and no ranges yet, to load a file into.
+
+    ``model`` is one whose weights mean nothing; those that are one number become others.
+    """
+    spread_constant_weights(model)
     return prepare(model, rules, example_inputs=(data.example,), **recipe.quantization.prepare_options)
 
 

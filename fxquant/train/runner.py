@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from .. import checkpoint, cost
 from ..allocate import require_allocatable
@@ -23,11 +24,11 @@ from ..convert import convert
 from ..data import Data, Loader, dead_workers_in_words
 from ..distributed import even_parts, whole_batch
 from ..dynamics import CapacityRecorder
-from ..errors import FxQuantError
+from ..errors import FxQuantError, in_short
 from ..estimators import Estimator
 from ..estimators.passes import compiled_quantizers
 from ..files import write_bytes, write_json, write_text
-from ..freeze import freeze, settle
+from ..freeze import batch_norms, freeze, settle
 from ..loss import QATLoss
 from ..lower import LoweredLayer, onnx, operators, packed, require_backend
 from ..recipe import FloatSection, Recipe, TrainSection
@@ -37,7 +38,15 @@ from ..verify import VerifyReport, verify
 from ..widths import require_reachable
 from .allocation import ChosenRules, allocate_for, rules_of
 from .average import WeightAverage
-from .build import build_model, make_optimizer, model_and_data, prepared_with, prepared_without_data, statistics_images
+from .build import (
+    bare_model,
+    build_model,
+    make_optimizer,
+    model_and_data,
+    prepared_with,
+    prepared_without_data,
+    statistics_images,
+)
 from .divergence import NOWHERE
 from .evaluate import accuracy, predictions
 from .guard import Diverged, Guard
@@ -85,7 +94,7 @@ def run(recipe: Recipe, output: Path, *, resume: bool = False, progress: Progres
             progress.note(f"{output} holds no checkpoint yet; starting from the beginning")
         while True:
             try:
-                return _Run(recipe, output, processes, progress, guard, started).execute(state)
+                return _Run(recipe, output, processes, progress, guard, started, state).execute()
             except Diverged as diverged:
                 # All diverge at one step, since losses are means over processes; not all need to have seen where.
                 causes = processes.gather(diverged.cause)
@@ -104,19 +113,27 @@ def _claim(recipe: Recipe, output: Path, resume: bool, until_the_end: contextlib
 
 class _Run:
     def __init__(
-        self, recipe: Recipe, output: Path, processes: Processes, progress: Progress, guard: Guard, started: float
+        self,
+        recipe: Recipe,
+        output: Path,
+        processes: Processes,
+        progress: Progress,
+        guard: Guard,
+        started: float,
+        state: dict[str, Any] | None,
     ):
         self.recipe, self.output, self.processes = recipe, output, processes
-        self.progress, self.guard, self.started = progress, guard, started
+        self.progress, self.guard, self.started, self.state = progress, guard, started, state
         self.device = processes.accelerator.device
         self.float_history = History()
         with processes.together():
             self.data = self._rehearse()
             seed_everything(recipe.seed)
-            self.float_model = build_model(recipe).to(self.device)
+            # What is resumed has its weights from the checkpoint; where it began need not be there any more.
+            self.float_model = (build_model if state is None else bare_model)(recipe).to(self.device)
 
-    def execute(self, state: dict | None) -> RunOutcome | None:
-        recipe = self.recipe
+    def execute(self) -> RunOutcome | None:
+        recipe, state = self.recipe, self.state
         self._write(write_json, checkpoint.RECIPE, recipe.model_dump(mode="json", by_alias=True))
         stage = state["stage"] if state else "float"
         if stage == "float":
@@ -165,7 +182,7 @@ class _Run:
             "accuracy": accuracy(simulated, labels),
             "argmax_agreement": accuracy(simulated, report.predicted["frozen"]),
         }
-        result |= self._footer()
+        result |= self._footer(checkpoint.PACKED_MODEL)
         write_json(self.output / checkpoint.RESULT, result)
         return RunOutcome(result, report, model, reference, lowered)
 
@@ -174,7 +191,7 @@ class _Run:
         write_bytes(self.output / checkpoint.FLOAT_MODEL, save(weights))
         result = self._header() | {"estimator": None, "float_accuracy": float_accuracy, "lowered": {}}
         result["history"] = self.float_history.epochs
-        result |= self._footer()
+        result |= self._footer(checkpoint.FLOAT_MODEL)
         write_json(self.output / checkpoint.RESULT, result)
         return RunOutcome(result)
 
@@ -191,14 +208,52 @@ class _Run:
                 require_compiler("train.compile = true was asked for")
         for backend in self.recipe.quantization.lower if self.recipe.quantizes else ():
             require_backend(backend)
-        with torch.no_grad():
-            outputs = float_model.eval()(data.example).shape[-1]
+        outputs = self._outputs(float_model, data.example)
         if data.classes not in (None, outputs):
             raise FxQuantError(
                 f"the data set {self.recipe.data.name!r} has {data.classes} classes, the model {outputs} outputs, so "
                 f"labels would not mean what they mean to the model; set model.options.num_classes = {data.classes}"
             )
+        for section in (self.recipe.float_training, self.recipe.train):
+            if section is not None and section.epochs:
+                self._rehearse_step(float_model, data.example, section)
         return data
+
+    def _outputs(self, float_model: nn.Module, example: Tensor) -> int:
+        """How many classes the model tells apart."""
+        name, shape = self.recipe.model.name, list(example.shape[1:])
+        try:
+            with torch.no_grad():
+                logits = float_model.eval()(example)
+        except Exception as error:  # whatever the model's own code makes of an image
+            raise FxQuantError(
+                f"{name} does not take images of shape {shape} ({in_short(error)}); set data.image_size or "
+                "model.options.in_chans to what it takes"
+            ) from error
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise FxQuantError(
+                f"{name} with model.options = {self.recipe.model.options} returns {found}; training takes one tensor "
+                "with a score for each class, [images, classes]"
+            )
+        return logits.shape[1]
+
+    def _rehearse_step(self, model: nn.Module, example: Tensor, section: FloatSection | TrainSection) -> None:
+        """A step of a section's optimizer, on a part of a batch of one image or two, as small as the section's."""
+        images = min(2, self.recipe.data.batch_size // (self.processes.count * section.accumulate))
+        optimizer = make_optimizer(param_groups(model, 1e-3), section.optimizer)
+        model.train(isinstance(section, FloatSection))  # a prepared model is captured in eval mode, and has but
+        for norm in batch_norms(model):  # BatchNorm as in training
+            norm.train()
+        try:
+            logits = model(example.expand(images, -1, -1, -1).contiguous())
+            F.cross_entropy(logits, torch.zeros(images, dtype=torch.int64)).backward()
+            optimizer.step()
+        except Exception as error:  # of BatchNorm with one value a channel, of an optimizer that needs more than this
+            raise FxQuantError(
+                f"{self.recipe.model.name} cannot be trained with optimizer {section.optimizer!r} on {images} images "
+                f"({in_short(error)}); take another optimizer, or a larger data.batch_size for its `accumulate`"
+            ) from error
 
     def _require_even_parts(self) -> None:
         for section in (self.recipe.float_training, self.recipe.train):
@@ -405,8 +460,9 @@ class _Run:
             "computed_in": {stage: str(dtype).removeprefix("torch.") for stage, dtype in dtypes.items()},
         }
 
-    def _footer(self) -> dict[str, Any]:
+    def _footer(self, shipped: str) -> dict[str, Any]:
         return {
+            "file_bytes": (self.output / shipped).stat().st_size,
             "rollbacks": self.guard.rollbacks,
             "seconds": time.perf_counter() - self.started,
             "torch": torch.__version__,

@@ -310,7 +310,7 @@ def test_a_recipe_that_loads_is_rehearsed_or_refused(tmp_path, changed):
     recipe, _ = attempt(written(tmp_path, values))
     assume(recipe is not None)
     with contextlib.suppress(FxQuantError):
-        _Run(recipe, tmp_path / "out", Processes(), Silent(), Guard(recipe.divergence), 0.0)
+        _Run(recipe, tmp_path / "out", Processes(), Silent(), Guard(recipe.divergence), 0.0, None)
     assert not (tmp_path / "out").exists()
 
 
