@@ -79,6 +79,23 @@ def test_what_is_finished_is_kept_and_what_was_cut_goes_on(finished, monkeypatch
     assert drop(again[-1]) == drop(json.loads(before))
 
 
+def test_the_table_is_made_again_from_the_results_alone(finished):
+    recipes, output, results = finished
+    folder = accuracy.folder_of(recipes[-1], output)
+    kept = [(folder / name, (folder / name).read_bytes()) for name in (checkpoint.PACKED_MODEL, checkpoint.RESULT)]
+    (folder / checkpoint.PACKED_MODEL).unlink()
+    assert accuracy.rows(accuracy.carry_out(recipes, output)) == accuracy.rows(results)
+    older = {key: value for key, value in results[-1].items() if key != "file_bytes"}
+    (folder / checkpoint.RESULT).write_text(json.dumps(older))
+    with pytest.raises(CheckpointError, match=r"seed1 holds neither model.fxq nor float.safetensors"):
+        accuracy.carry_out(recipes, output)
+    for path, content in kept:
+        path.write_bytes(content)
+    (folder / checkpoint.RESULT).write_text(json.dumps(older))
+    assert accuracy.carry_out(recipes, output) == results  # its size is looked up
+    (folder / checkpoint.RESULT).write_bytes(kept[1][1])
+
+
 def test_a_run_that_fails_keeps_no_other_from_its_row(finished, monkeypatch):
     recipes, output, results = finished
     folder = accuracy.folder_of(recipes[0], output)
@@ -165,6 +182,8 @@ def test_what_makes_no_table_is_refused(paths):
         accuracy.recipes_of(paths, 0)
     with pytest.raises(SpecError, match=r"'float' was given more than once"):
         accuracy.recipes_of([paths[0], paths[0]], 1)
+    with pytest.raises(SpecError, match=r"--set seed=5 was asked for; .* the seeds 0 to N - 1 of --seeds N"):
+        accuracy.recipes_of(paths, 1, ["seed=5"])
 
 
 @pytest.mark.parametrize("damage", [{"parity": {"reference_equals_fake_quant": False}}, {"agreement": 90.0}])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import checkpoint
-from ..errors import FxQuantError, ParityError, SpecError, WriteError
+from ..errors import CheckpointError, FxQuantError, ParityError, SpecError, WriteError
 from ..files import write_text
 from ..recipe import Recipe, RecipeError, load_recipe
 from ..report import mean_deviation
@@ -37,6 +37,8 @@ def recipes_of(
         SpecError: for fewer seeds than one, two recipes of one name, or two float ones that the gap could be to.
         RecipeError: as :func:`fxquant.recipe.load_recipe`.
     """
+    if seeded := [override for override in overrides or [] if override.split("=")[0].strip() == "seed"]:
+        raise SpecError(f"--set {seeded[0]} was asked for; bench accuracy trains the seeds 0 to N - 1 of --seeds N")
     if seeds < 1:
         raise SpecError(f"--seeds {seeds} was asked for; a row is the mean over at least one")
     loaded = []
@@ -103,7 +105,8 @@ def carry_out(
                 failed.append(f"{recipe.name}, seed {recipe.seed}: {error}")
                 watch(failed[-1])
                 continue
-        results.append(checkpoint.read_result(folder) | {"file_bytes": _file_bytes(folder)})
+        result = checkpoint.read_result(folder)
+        results.append({"file_bytes": _file_bytes(folder)} | result if "file_bytes" not in result else result)
         so_far(results)
     if failed:
         raise FxQuantError(f"{len(failed)} of {len(recipes)} runs failed. {'. '.join(failed)}")
@@ -111,9 +114,18 @@ def carry_out(
 
 
 def _file_bytes(folder: Path) -> int:
-    """Size of what the run ships."""
-    shipped = [folder / name for name in (checkpoint.PACKED_MODEL, checkpoint.FLOAT_MODEL)]
-    return next(path.stat().st_size for path in shipped if path.exists())
+    """Size of what a run ships whose result does not say so (one of an older version).
+
+    Raises:
+        CheckpointError: where that is gone.
+    """
+    for name in (checkpoint.PACKED_MODEL, checkpoint.FLOAT_MODEL):
+        if (folder / name).exists():
+            return (folder / name).stat().st_size
+    raise CheckpointError(
+        f"{folder} holds neither {checkpoint.PACKED_MODEL} nor {checkpoint.FLOAT_MODEL}, the size of which is in the "
+        f"table; remove {checkpoint.RESULT} there and the run is finished anew from its checkpoint"
+    )
 
 
 @dataclass(frozen=True)
