@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from . import checkpoint, report
 from .errors import DataWorkerError, DivergenceError, FxQuantError, ParityError, WriteError
 from .files import write_json, write_text
-from .interruption import STATUS, how_to_go_on, terminable
+from .interruption import STATUS, how_to_go_on, terminable, what_is_left
 from .lower import operators
 from .lower.onnx import TWO_BIT_FORMS
 from .recipe import Recipe, RecipeError, load_recipe
@@ -168,9 +168,16 @@ def run(
         if _speaks():
             err.print(f"{how}; {how_to_go_on(folder)}", markup=False)
         raise typer.Exit(STATUS[type(interrupt)]) from None
-    except (WriteError, DataWorkerError, DivergenceError):
+    except (WriteError, DataWorkerError):
         if _speaks():
             err.print(how_to_go_on(folder), markup=False)
+        raise
+    except DivergenceError:
+        if _speaks():
+            if resolved.divergence.action == "stop":  # the same command would diverge at the same step
+                err.print(how_to_go_on(folder, "divergence.action=rollback"), markup=False)
+            else:
+                err.print(what_is_left(folder), markup=False)
         raise
     leave()
     if outcome is None:

@@ -35,11 +35,20 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def how_to_go_on(folder: Path) -> str:
-    """What is left in the folder of a run that this process broke off, and the command that goes on with it."""
+def what_is_left(folder: Path) -> str:
+    """What there is to go on from in the folder of a run that this process broke off."""
     try:
-        left = checkpoint.left_in(folder)
+        return checkpoint.left_in(folder)
     except CheckpointError as error:
         return str(error)
+
+
+def how_to_go_on(folder: Path, *changes: str) -> str:
+    """What is left in the folder of a run that this process broke off, and the command that goes on with it.
+
+    Args:
+        changes: ``KEY=VALUE`` of the recipe, without which it would come to the same end.
+    """
     arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    return f"{left}. Go on with: {shlex.join(['fxquant', *arguments, '--resume'])}"
+    arguments += [word for change in changes for word in ("--set", change)]
+    return f"{what_is_left(folder)}. Go on with: {shlex.join(['fxquant', *arguments, '--resume'])}"

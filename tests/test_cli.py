@@ -253,6 +253,27 @@ def test_what_coverage_cannot_read_is_said(tmp_path):
     assert "is no table of fxquant coverage" in done.stderr
 
 
+@pytest.mark.parametrize("action", ["stop", "rollback"])
+def test_a_divergence_is_not_answered_with_the_command_that_diverged(action, monkeypatch, tmp_path, capsys):
+    from fxquant import cli
+    from fxquant.errors import DivergenceError
+
+    def diverge(*_, **__):
+        raise DivergenceError("the loss is NaN")
+
+    arguments = ["run", str(RECIPES / "digits_w4a4_nipq.toml"), "--output", str(tmp_path)]
+    arguments += ["--set", "divergence.action=rollback"] * (action == "rollback")
+    monkeypatch.setattr("fxquant.train.run", diverge)
+    monkeypatch.setattr(sys, "argv", ["fxquant", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "holds no checkpoint yet" in said
+    assert ("--set divergence.action=rollback --resume" in said) is (action == "stop")
+    assert ("Go on with" in said) is (action == "stop")
+
+
 def test_failed_parity_is_its_own_exit_status(monkeypatch, digits_run, tmp_path):
     from fxquant import cli
     from fxquant.verify import LoweredParity
