@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from . import cost
 from .computed import effective_weight
@@ -123,7 +124,7 @@ class QATLoss(nn.Module):
             images, labels: a batch, or a part of one.
             share: how much of a step the part is, 1 for all.
         """
-        inner = getattr(model, "module", model)
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
         logits = _precise(model(images))
         zero = logits.new_zeros(())
         task = share * self.task(logits, labels)

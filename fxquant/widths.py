@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import nn
 
 from . import cost
 from .budget import BudgetBound, budget_bounds
 from .estimators import Estimator
+from .estimators.base import rounded_up
 from .layers import QATLayer
 from .spec import Budget
 
@@ -16,7 +15,7 @@ from .spec import Budget
 def fix_widths(
     model: nn.Module, budget: Budget | None = None, *, keep_learning: bool = False
 ) -> dict[str, tuple[int, int]]:
-    """Give every quantizer that still learns its width the whole one nearest to it that the budget allows.
+    """Give every quantizer that still learns its width the whole one above it, or less where the budget says so.
 
     Starts from the learned widths rounded up, then takes single bits away, each time the one whose removal strays
     least from the learned width for what it saves, until the budget holds, and hands out again what a last step left
@@ -108,7 +107,7 @@ class _Choice:
             self.bits = self.lowest = self.highest = estimator.bits
         else:
             self.lowest, self.highest = estimator.bits
-            self.bits = min(max(math.ceil(self.learned - 1e-6), self.lowest), self.highest)
+            self.bits = rounded_up(self.learned, estimator.bits)
             self.highest = self.bits  # a rest of the budget goes back to whom it was taken from, to no one else
 
     def strain(self) -> float:

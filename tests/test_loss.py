@@ -89,6 +89,21 @@ def test_parts_sum_to_the_total(images, distillation):
     assert parts.distillation.item() == pytest.approx(divergence.item(), rel=1e-4)
 
 
+def test_a_part_of_the_model_may_be_called_module(images):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.head = nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.head(self.module(x))
+
+    model = fxquant.prepare(Wrapped(), [Rule("*", (2, 6), (2, 6), "nipq")], calibration=[images])
+    loss = QATLoss(F.cross_entropy, Budget(mean_weight_bits=2.5))
+    assert loss(model, images, LABELS).budget > 0
+
+
 def test_parts_that_are_not_asked_for_are_zero(images):
     parts = QATLoss(F.cross_entropy)(prepared(images, "lsq", 4), images, LABELS)
     assert (parts.distillation.item(), parts.budget.item(), parts.estimator.item()) == (0, 0, 0)

@@ -131,6 +131,18 @@ def test_without_a_budget_widths_are_rounded_up(learning):
     assert whole == {"stem": (3, 3), "conv1": (3, 4), "conv2": (5, 5), "shortcut": (7, 5), "head": (8, 8)}
 
 
+def test_a_quantizer_that_is_frozen_alone_rounds_alike(learning):
+    """As in a model that torch.ao prepared, where no one else fixes widths."""
+    widths = [2.1, 3.0, 4.5, 6.99, 7.2, 2.5, 3.5, 4.01, 5.0, 7.9]
+    model, twin = with_widths(learning, widths), with_widths(learning, widths)
+    whole = fix_widths(twin)
+    for name in LAYERS:
+        quantizers = model.get_submodule(name).weight_fake_quant, model.get_submodule(name).input_fake_quant
+        for quantizer in quantizers:
+            quantizer.freeze()
+        assert tuple(quantizer.whole_bits for quantizer in quantizers) == whole[name]
+
+
 def test_a_budget_on_weights_leaves_activations_as_they_were_learned(learning):
     whole = fix_widths(with_widths(learning, [7.5] * 5 + [3.5] * 5), Budget(mean_weight_bits=4))
     assert {a for _, a in whole.values()} == {4}

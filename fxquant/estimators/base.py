@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -40,6 +41,12 @@ def check_interval(bits: tuple[int, int], what: str = "bits") -> tuple[int, int]
     if low > high:
         raise SpecError(f"{what}={bits!r} was asked for; the lowest width must be below the highest")
     return low, high
+
+
+def rounded_up(width: float, bits: Bits) -> int:
+    """The whole width that a learned one becomes, inside of what its rule allows; a millionth above one is rounding."""
+    lowest, highest = bits if isinstance(bits, tuple) else (bits, bits)
+    return min(max(math.ceil(width - 1e-6), lowest), highest)
 
 
 def at_least_zero(value: float, what: str) -> float:
@@ -280,8 +287,7 @@ class Estimator(FakeQuantizeBase):
         if self._frozen:
             return
         if self.learns_width:
-            lowest, highest = self.bits if isinstance(self.bits, tuple) else (self.bits, self.bits)
-            self.fix_width(int(self.bit_width().detach().max().round().clamp(lowest, highest)))
+            self.fix_width(rounded_up(float(self.bit_width().detach().max()), self.bits))
         with torch.no_grad():
             self.frozen_scale.copy_(self.scale())
             self.frozen_zero_point.copy_(self.zero_point())
