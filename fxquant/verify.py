@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from .convert import SOURCE
-from .errors import EmptyDataError, ParityError
+from .errors import EmptyDataError, ParityError, SpecError
 from .lower.native import REFERENCE, Recorder, _kernels
 from .lower.onnx import OnnxModel, OpenVinoModel
 from .spec import get_backend
@@ -46,7 +46,8 @@ class VerifyReport:
         different_tensors: the reference nodes that differ, with the largest difference.
         fake_quant_accuracy, reference_accuracy: per cent, if labels were given.
         lowered: one entry a backend.
-        predicted: the class each model gives each image, [images] int64, by ``"frozen"``, ``"reference"``, backend.
+        predicted: the class each model gives each image, [images] int64 (and each position, [images, ...]), by
+            ``"frozen"``, ``"reference"``, backend.
     """
 
     images: int = 0
@@ -92,11 +93,13 @@ def verify(
     Args:
         frozen: the model that trained, frozen; ``None`` compares the reference with lowered models only.
         reference: its :func:`fxquant.convert`.
-        batches: image tensors, or (images, labels) tuples for accuracies.
+        batches: image tensors, or (images, labels) tuples for accuracies. Logits and labels are as
+            ``nn.CrossEntropyLoss`` takes them: [N, C] and [N], or [N, C, ...] and [N, ...], a class for each position.
         lowered: models from :func:`fxquant.lower`, or :class:`fxquant.OnnxModel` or ``OpenVinoModel``, by backend.
 
     Raises:
         EmptyDataError: where there is no batch.
+        SpecError: for labels of another shape.
     """
     report = VerifyReport()
     lowered = lowered or {}
@@ -155,13 +158,20 @@ class _Tally:
         self.images = self.right = self.agreeing = self.labelled = self.logits = self.same = 0
 
     def add(self, logits: Tensor, reference: Tensor, labels: Tensor | None) -> None:
-        choice = logits.argmax(-1)
+        if logits.ndim < 2:
+            raise SpecError(f"verify compares scores of classes, [N, C]; the model returned {list(logits.shape)}")
+        choice = logits.argmax(1)
         self.choices.append(choice)
         self.images += choice.numel()
         self.logits += logits.numel()
         self.same += int((logits == reference).sum())
-        self.agreeing += int((choice == reference.argmax(-1)).sum())
+        self.agreeing += int((choice == reference.argmax(1)).sum())
         if labels is not None:
+            if labels.shape != choice.shape:
+                raise SpecError(
+                    f"labels of shape {list(labels.shape)} were given for logits of shape {list(logits.shape)}, which "
+                    f"have classes along dimension 1; give labels of shape {list(choice.shape)}, or images alone"
+                )
             self.labelled += labels.numel()
             self.right += int((choice == labels).sum())
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import fxquant as fq
 from fxquant.data import load_data
-from fxquant.errors import EmptyDataError, ParityError
+from fxquant.errors import EmptyDataError, ParityError, SpecError
 from fxquant.lower.kernels import OnednnLayer
 from fxquant.verify import VerifyReport
 from tests.models import TinyResidual, settle
@@ -179,3 +179,28 @@ def test_the_class_of_each_image_is_told(pair):
     assert predicted.keys() == {"frozen", "reference"}
     assert all(torch.equal(classes, expected) for classes in predicted.values())
     assert fq.verify(None, reference, batches).predicted.keys() == {"reference"}
+
+
+def test_classes_are_along_dimension_one():
+    """As nn.CrossEntropyLoss takes them: an image has a class for each position."""
+    x = torch.randn(4, 3, 8, 6)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 7, 1))
+    frozen = fq.prepare(model, [fq.Rule("*", 8, 8)], calibration=[x])
+    fq.freeze(frozen)
+    reference = fq.convert(frozen)
+    labels = reference(x).argmax(1)
+    labels[0] += 1
+    report = fq.verify(frozen, reference, [(x, labels)], lowered={"x86": fq.lower(reference, "x86")})
+    assert report.reference_accuracy == report.lowered["x86"].accuracy == 75
+    assert report.predicted["reference"].shape == (4, 8, 6)
+    with pytest.raises(SpecError, match=r"labels of shape \[4\] .* \[4, 7, 8, 6\].*; give labels of shape \[4, 8, 6\]"):
+        fq.verify(frozen, reference, [(x, labels[:, 0, 0])])
+
+
+def test_a_model_without_classes_is_refused():
+    x = images()
+    model = nn.Sequential(nn.Conv2d(3, 1, 16), nn.Flatten(0))
+    frozen = fq.prepare(model, [fq.Rule("*", 8, 8)], calibration=[x])
+    fq.freeze(frozen)
+    with pytest.raises(SpecError, match=r"scores of classes, \[N, C\]; the model returned \[8\]"):
+        fq.verify(frozen, fq.convert(frozen), [x])
