@@ -549,3 +549,13 @@ def test_lower_asks_for_a_batch_to_check_kernels_against():
 def test_lower_takes_only_a_reference(digits_run):
     with pytest.raises(SpecError, match=r"Linear was not made by fxquant\.prepare"):
         fq.lower(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_model_that_is_not_converted_is_refused(frozen):
+    x = torch.randn(2, 3, 8, 8)
+    prepared = fq.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), [fq.Rule("*", 4, 4)], calibration=[x])
+    if frozen:
+        fq.freeze(prepared)
+    with pytest.raises(SpecError, match="lower was given a GraphModule that is not converted"):
+        fq.lower(prepared)

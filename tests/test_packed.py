@@ -310,3 +310,21 @@ def test_another_architecture_a_missing_file_and_a_pickle_are_refused(saved, tmp
     with pytest.raises(CheckpointError, match="no packed file at all"):
         fq.load(tmp_path / "z.fxq", TinyResidual())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_two_inputs_is_not_written(tmp_path):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x, y, *, flag=False):
+            return self.conv(x + y).flatten(1)
+
+    x = torch.randn(2, 3, 8, 8)
+    prepared = fq.prepare(Both(), [fq.Rule("*", 4, 4)], example_inputs=(x, x))
+    prepared(x, x)
+    fq.freeze(prepared, calibration=())
+    with pytest.raises(SpecError, match="save was given a model of 2 inputs"):
+        fq.save(fq.convert(prepared), tmp_path / "model.fxq")
+    assert not list(tmp_path.iterdir())

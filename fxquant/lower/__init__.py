@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from ..errors import SpecError
+from ..estimators import Estimator
 from ..prepare import prepared_info
 from ..spec import get_backend
 from . import native, onnx, packed
@@ -37,13 +38,18 @@ def lower(
 
     Raises:
         UnknownNameError: unknown backend.
-        SpecError: an engine or compiler that is missing, a backend that reads a file, or no batch to check against.
+        SpecError: a model that is not converted, an engine or compiler that is missing, a backend that reads a file, or
+            no batch to check against.
     """
     asked = get_backend(backend or prepared_info(reference).backend)
     if asked.reads_onnx:
         raise SpecError(
             f"backend {asked.name!r} reads a file: write it with fxquant.export_onnx(reference, path), and run it with "
             "fxquant.OnnxModel(path) or fxquant.OpenVinoModel(path)"
+        )
+    if any(isinstance(module, Estimator) for module in reference.modules()):
+        raise SpecError(
+            f"lower was given a {type(reference).__name__} that is not converted; give it what fxquant.convert returns"
         )
     require_backend(asked.name)
     batch = native.check_batch(reference, calibration)

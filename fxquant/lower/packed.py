@@ -48,7 +48,7 @@ def save(reference: fx.GraphModule, path: str | Path, *, notes: Mapping[str, str
         notes: texts to keep in it, read back by :func:`read_notes`.
 
     Raises:
-        SpecError: for a model that is no reference graph.
+        SpecError: for a model that is no reference graph, or has several inputs.
         OutputFolderError: where it cannot be written.
     """
     info = prepared_info(reference)
@@ -57,6 +57,8 @@ def save(reference: fx.GraphModule, path: str | Path, *, notes: Mapping[str, str
         raise SpecError(
             f"save was given a {type(reference).__name__} without integer layers; give it what fxquant.convert returns"
         )
+    if (inputs := sum(bool(node.users) for node in reference.graph.find_nodes(op="placeholder"))) > 1:
+        raise SpecError(f"save was given a model of {inputs} inputs; a .fxq file holds one that takes images alone")
     tensors, weights = dict(reference.state_dict()), {}
     for name, layer in layers.items():
         bits = grid.symmetric_bits(layer.weight)
