@@ -10,7 +10,7 @@ from torch import nn
 
 from . import cost
 from .distributed import part_of
-from .errors import SpecError
+from .errors import SpecError, in_short
 from .estimators import Estimator
 from .layers import QATLayer
 from .prepare import _images, prepared_info
@@ -122,9 +122,14 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable) -> None:
             whole = whole or len(images)
             if len(images) >= whole:
                 model(part_of(images).to(device))
-    except BaseException:
+    except BaseException as error:
         for norm, state in zip(norms, before, strict=True):
             norm.load_state_dict(state)
+        if isinstance(error, ValueError) and whole == 1:  # torch's, of the variance of one value
+            raise SpecError(
+                f"BatchNorm cannot be re-estimated from batches of one image ({in_short(error)}); give larger ones, or "
+                "calibration=() to leave its statistics as they are"
+            ) from error
         raise
     finally:
         model.train(training)

@@ -245,3 +245,16 @@ def test_a_budget_out_of_reach_is_refused_before_anything_changes():
         fq.freeze(model, fq.Budget(mean_weight_bits=2))
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
     assert model.conv1.weight_fake_quant.learns_width
+
+
+def test_batches_of_one_image_have_no_statistics_and_the_old_ones_stay():
+    x = torch.randn(4, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 5))
+    prepared = fq.prepare(settle(model, x), [fq.Rule("*", 4, 4)], calibration=list(x.split(1)))
+    before = {name: tensor.clone() for name, tensor in prepared.state_dict().items()}
+    with pytest.raises(
+        SpecError, match=r"BatchNorm cannot be re-estimated from batches of one image .*calibration=\(\)"
+    ):
+        fq.freeze(prepared)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in prepared.state_dict().items())
+    fq.freeze(prepared, calibration=())
