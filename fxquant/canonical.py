@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from .computed import ComputedConv2d, ComputedLinear
 from .graph import unused_name
 from .layers import QATConv2d, QATLinear
+from .modes import DROPOUTS, DROPS
 
 # ---- on modules, before capture --------------------------------------------------------------------------
 
@@ -32,8 +33,13 @@ def is_leaf(module: nn.Module) -> bool | None:
     """Whether capture keeps a module as one call because a pass below takes it apart; None where it may decide.
 
     Convolutions and linear layers that compute something of their own (padding, a weight) are captured from within;
-    :func:`name_layers` puts a plain layer in the place of their inner function.
+    :func:`name_layers` puts a plain layer in the place of their inner function. So is whatever has forward hooks, what
+    they do with it becoming nodes: a fused layer would lose them.
     """
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+        return False
     if isinstance(module, nn.BatchNorm2d):
         return True
     if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -62,32 +68,22 @@ def name_arithmetic_alike(traced: fx.GraphModule) -> None:
             node.target = F.relu
 
 
-_DROPOUT = {
-    F.dropout: nn.Dropout,
-    F.dropout1d: nn.Dropout1d,
-    F.dropout2d: nn.Dropout2d,
-    F.dropout3d: nn.Dropout3d,
-}  # not F.alpha_dropout: it drops only where it is told to, and whether it was told cannot be seen
-
-
 def name_dropout(traced: fx.GraphModule) -> None:
     """``F.dropout(x, p, self.training)`` to ``nn.Dropout(p)`` (timm's ``drop_rate``), which goes on dropping in
-    training; capture, made in eval mode, has baked ``training=False`` into the function."""
+    training; capture, made in eval mode, has baked ``training=False`` into the function. One that never drops goes."""
     for node in list(traced.graph.nodes):
-        if node.op != "call_function" or node.target not in _DROPOUT:
+        if node.op != "call_function" or node.target not in DROPOUTS:
             continue
-        name = unused_name(traced, f"{node.name}_module")
-        p = _dropout_probability(*node.args, **node.kwargs)
-        traced.add_submodule(name, _DROPOUT[node.target](p).train(traced.training))
-        with traced.graph.inserting_after(node):
-            call = traced.graph.call_module(name, tuple(node.all_input_nodes))
-        call.meta.update(node.meta)
-        node.replace_all_uses_with(call)
+        (x,), p = node.all_input_nodes, node.meta.get(DROPS, 0.0)
+        if p > 0:
+            name = unused_name(traced, f"{node.name}_module")
+            traced.add_submodule(name, DROPOUTS[node.target](p).train(traced.training))
+            with traced.graph.inserting_after(node):
+                call = traced.graph.call_module(name, (x,))
+            call.meta.update(node.meta)
+            x = call
+        node.replace_all_uses_with(x)
         traced.graph.erase_node(node)
-
-
-def _dropout_probability(input, p=0.5, training=True, inplace=False) -> float:
-    return p
 
 
 def remove_identities(traced: fx.GraphModule) -> None:

@@ -166,10 +166,13 @@ class ValueProxy(fx.Proxy):
         return float(self._known())
 
     def __len__(self) -> int:
-        return len(self.values[0])
+        first, other = map(len, self.values)
+        if first != other:
+            raise DataDependent("the number of images is asked for as a plain number; write x.shape[0] for len(x)")
+        return first
 
     def __iter__(self) -> Iterator:
-        return iter([self[i] for i in range(len(self.values[0]))])
+        return iter([self[i] for i in range(len(self))])
 
     def __contains__(self, other: Any) -> bool:
         return other in self._known()
@@ -214,7 +217,7 @@ class Capture(fx.Tracer):
     ):
         super().__init__()
         self.proxy_buffer_attributes = True
-        self.examples, self.opaque, self._is_leaf = examples, opaque, is_leaf
+        self.examples, self.opaque, self.asked_leaf = examples, opaque, is_leaf
         self.current = ""
         self._placeholders = 0
         self._in_place: set[nn.Module] = set()
@@ -227,7 +230,7 @@ class Capture(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         if name in self.opaque:
             return True
-        asked = self._is_leaf(module)
+        asked = self.asked_leaf(module)
         return super().is_leaf_module(module, name) if asked is None else asked
 
     def getattr(self, attr, attr_val, parameter_proxy_cache):

@@ -16,6 +16,7 @@ from .integer import Dequantize, Quantize
 from .layers import QATLayer
 from .prepare import prepare, prepared_info, spread_constant_weights
 from .spec import Rule
+from .trace import copy_of
 
 SOURCE = "fxquant_source"
 """Key of a reference node's ``meta``: the name of the prepared graph's node that computes the same tensor."""
@@ -102,7 +103,7 @@ def blank_reference(
 
     Its values mean nothing; those of ``model`` do not matter.
     """
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     spread_constant_weights(model)
     options = {"backend": backend, "residual_bits": residual_bits, "vnni": True}  # the rules' widths, on any CPU
     prepared = prepare(model, rules, example_inputs=(example,), **options)

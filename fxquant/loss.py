@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from .errors import UnknownNameError
 from .estimators import Estimator
 from .prepare import prepared_info
 from .spec import Budget
+from .trace import copy_of
 
 
 def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class QATLoss(nn.Module):
         self.task_weight, self.distillation_weight = task_weight, distillation_weight
         self.budget_weight, self.dampening_weight = budget_weight, dampening_weight
         # Not a submodule: its weights belong neither to the optimizer nor to the checkpoint.
-        self._teacher = (None if teacher is None else copy.deepcopy(teacher).eval().requires_grad_(False),)
+        self._teacher = (None if teacher is None else copy_of(teacher).eval().requires_grad_(False),)
         self.register_buffer("mean_task_loss", torch.zeros(()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._begun: tuple[float, Tensor | float] = (0.0, 0.0)  # share of a step that is done, and its loss

@@ -23,7 +23,7 @@ from .hardware import has_vnni
 from .layers import QATLayer
 from .qconfig import QUANTIZABLE, edge_qconfig, get_backend_config, get_qat_qconfig
 from .spec import RESIDUAL_BITS, Rule, get_backend, resolve_rules
-from .trace import DIFFERENCE, OPAQUE, trace
+from .trace import DIFFERENCE, OPAQUE, TRAINS_OTHERWISE, trace
 
 # A squeeze needs the penalty of QATLoss, which plain torch.ao use does not have: only prepare() starts one.
 _GRADUAL = {"gdnsq": {"initial_bits": 10.0}}
@@ -110,7 +110,7 @@ def prepare(
 
     Raises:
         UnknownNameError: unknown backend.
-        SpecError: no rule, no layer, or nothing to trace with.
+        SpecError: no rule, no layer, nothing to trace with, or parameters of another type than torch's default.
         RuleError: a rule that matches no layer.
         TraceError: a model that cannot be captured (a submodule that cannot stays float, as one call), or a layer that
             is called more than once and whose calls would fuse with different things.
@@ -131,6 +131,7 @@ def prepare(
         if calibration is None:
             raise SpecError("prepare needs calibration data or example_inputs to trace the model with")
         example_inputs = (next(_images(calibration)),)
+    _require_default_dtype(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     example_inputs = tuple(argument.to(device) for argument in example_inputs)
     traced = trace(model, example_inputs)
@@ -146,14 +147,18 @@ def prepare(
     mapping = QConfigMapping().set_global(edge_qconfig(residual_bits))
     for name, rule in resolved.items():
         mapping.set_module_name(name, _qconfig_of(rule, residual_bits))
+    for name, module in traced.named_modules():  # of nn.MultiheadAttention, of a submodule that is one call
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and name not in layers:
+            mapping.set_module_name(name, None)
     opaque = traced.meta[OPAQUE]
     for name, reason in opaque.items():
         mapping.set_module_name(name, None)
         warnings.warn(f"kept in float, as one call: {reason}", stacklevel=2)
-    if dropped := [n for n, m in model.named_modules() if getattr(m, "drop_prob", None) and not _is_dropout(m)]:
+    if otherwise := traced.meta[TRAINS_OTHERWISE]:
+        modules = named("module", [name or type(model).__name__ for name in otherwise])
         warnings.warn(
-            f"stochastic depth is off in the prepared graph, in training too (a graph is captured in eval mode): "
-            f"{len(dropped)} modules, {dropped[0]!r} among them",
+            f"{modules}: what is computed in training alone (stochastic depth, noise, a second head) is off in the "
+            "prepared graph, in training too: a graph is captured in eval mode",
             stacklevel=2,
         )
     few = tuple(argument[:2] for argument in example_inputs)
@@ -300,9 +305,14 @@ def _images(batches: Iterable) -> Iterator[Tensor]:
         )
 
 
-def _is_dropout(module: nn.Module) -> bool:
-    """Whether capture keeps a module as one call, so that it goes on dropping in training."""
-    return isinstance(module, nn.modules.dropout._DropoutNd)
+def _require_default_dtype(model: nn.Module) -> None:
+    dtype = torch.get_default_dtype()
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            raise SpecError(
+                f"{name!r} is {parameter.dtype}, while quantizers compute in torch's default, {dtype}; call "
+                f"model.to({dtype}) first. To train in 16 bits, train under torch.autocast"
+            )
 
 
 def _quantizable_layers(traced: fx.GraphModule) -> dict[str, nn.Module]:

@@ -11,13 +11,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from . import canonical
 from .capture import Capture, DataDependent
 from .errors import TraceError
+from .modes import compare_with_training
 
 DIFFERENCE = "fxquant_difference"
 """Key of the graph module's ``meta``: its largest difference from the model, relative to the model's largest output."""
+
+TRAINS_OTHERWISE = "fxquant_trains_otherwise"
+"""Key of the graph module's ``meta``: names of submodules that compute in training what the graph does not."""
 
 OPAQUE = "fxquant_opaque"
 """Key of the graph module's ``meta``: what is kept as one float call, submodules and functions, with the reason."""
@@ -43,7 +48,7 @@ def trace(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> fx.GraphModul
 
 def _trace(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     training = model.training
-    prepared = copy.deepcopy(model).eval()
+    prepared = copy_of(model).eval()
     for rewrite in canonical.MODULE_PASSES:
         rewrite(prepared)
     batches = _two_batches(example_inputs)
@@ -59,16 +64,30 @@ def _trace(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> fx.GraphModu
             if not tracer.current or tracer.current in opaque:
                 raise TraceError(message) from error
             opaque[tracer.current] = message
+    trains_otherwise = compare_with_training(tracer, graph, prepared, frozenset(opaque))
     traced = fx.GraphModule(root, graph, type(model).__name__)
     traced.graph.eliminate_dead_code()
     for rewrite in canonical.GRAPH_PASSES:
         rewrite(traced)
     traced.graph.lint()
     traced.recompile()
-    original = copy.deepcopy(model).eval()
+    original = copy_of(model).eval()
     traced.meta[DIFFERENCE] = max(_check_same(original, traced, batch) for batch in batches)
+    _check_one_image(original, traced, tuple(x[:1] for x in example_inputs))
+    traced.meta[TRAINS_OTHERWISE] = trains_otherwise
     traced.meta[OPAQUE] = opaque | canonical.functions_left(traced)
     return traced.train(training)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, tensors without the history of gradients that torch does not copy: weights that pruning or
+    ``weight_norm`` has computed, features that a forward keeps."""
+    memo = {}
+    for module in model.modules():
+        for tensor in tree_leaves(vars(module)):
+            if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def _two_batches(example_inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -94,9 +113,20 @@ def _check_same(model: nn.Module, traced: fx.GraphModule, example_inputs: tuple[
         gap = (want - got).abs().max().item() if want.shape == got.shape else float("inf")
         raise TraceError(
             f"the captured graph differs from the model by up to {gap:.3g} on a batch of {len(example_inputs[0])}: its "
-            "forward depends on state that a graph does not capture (a counter, a cache, random numbers)"
+            "forward does what a graph does not capture (a counter, a cache, random numbers, a comparison of the batch "
+            "size, writing to a view or by out=, hooks on the model itself, another forward set on the instance)"
         )
     return float((want - got).abs().max() / want.abs().max().clamp(min=1e-12))
+
+
+def _check_one_image(model: nn.Module, traced: fx.GraphModule, example_inputs: tuple[Tensor, ...]) -> None:
+    """The same on one image, which a forward may tell from others; not where the model itself does not take it."""
+    try:
+        with torch.no_grad():
+            model(*(x.clone() for x in example_inputs))
+    except Exception:
+        return
+    _check_same(model, traced, example_inputs)
 
 
 def _explain(error: Exception, model: nn.Module, module_name: str) -> str:

@@ -14,11 +14,11 @@ PACKAGE = Path(fxquant.__file__).parent
 # Data flows down this list; a module may import only from lines above its own. CONTRIBUTING.md explains each.
 ORDER = [
     "errors", "files", "compiler", "hardware", "schedule", "graph", "grid", "distributed", "ranges", "_torch_ao",
-    "estimators", "spec", "integer", "computed", "layers", "layers_torch_ao", "qconfig", "capture", "canonical",
-    "trace", "cost", "edges", "prepare", "budget", "widths", "capacity", "mincut", "sensitivity", "integer_program",
-    "allocate", "analyze", "dynamics", "ties", "freeze", "cut_check", "convert", "controller", "loss", "lower",
-    "verify", "report", "svg", "models", "timm", "synthetic", "pixels", "data", "recipe", "checkpoint", "run_report",
-    "html", "meter", "coverage", "train", "bench", "interruption", "cli",
+    "estimators", "spec", "integer", "computed", "layers", "layers_torch_ao", "qconfig", "capture", "modes",
+    "canonical", "trace", "cost", "edges", "prepare", "budget", "widths", "capacity", "mincut", "sensitivity",
+    "integer_program", "allocate", "analyze", "dynamics", "ties", "freeze", "cut_check", "convert", "controller",
+    "loss", "lower", "verify", "report", "svg", "models", "timm", "synthetic", "pixels", "data", "recipe",
+    "checkpoint", "run_report", "html", "meter", "coverage", "train", "bench", "interruption", "cli",
 ]  # fmt: skip
 
 

@@ -202,39 +202,6 @@ def test_several_relu6_get_names_of_their_own():
     assert len(set(targets)) == 3
 
 
-# ---- dropout ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("function", "module"),
-    [
-        (lambda x, t: F.dropout(x, 0.3, t), nn.Dropout),
-        (lambda x, t: F.dropout(x, p=0.3, training=t), nn.Dropout),
-        (lambda x, t: F.dropout(x * 1, 0.3, t, True) * 1, nn.Dropout),
-        (lambda x, t: F.dropout(x * 1, 0.3, t, inplace=True), nn.Dropout),
-        (lambda x, t: F.dropout1d(x[0], 0.3, training=t), nn.Dropout1d),
-        (lambda x, t: F.dropout2d(x, 0.3, training=t), nn.Dropout2d),
-        (lambda x, t: F.dropout3d(x[:, :, None], 0.3, training=t), nn.Dropout3d),
-    ],
-)
-def test_dropout_as_a_function_goes_on_dropping_in_training(function, module):
-    class Dropping(nn.Module):
-        def forward(self, x):
-            return function(x, self.training)
-
-    out = after(canonical.name_dropout, Dropping(), images())
-    (drop,) = (m for m in out.modules() if type(m) is module)
-    assert drop.p == 0.3
-    x = torch.ones(64, *images().shape[1:])
-    assert torch.equal(out.eval()(x), Dropping().eval()(x))
-    assert not torch.equal(out.train()(x), out(x))
-
-
-def test_dropout_that_may_never_have_been_meant_to_drop_stays_a_function():
-    out = after(canonical.name_dropout, Fn(lambda x: F.alpha_dropout(x, 0.3) * 2), images())
-    assert calls(out) == [F.alpha_dropout, operator.mul]
-
-
 # ---- identities ------------------------------------------------------------------------------------------
 
 

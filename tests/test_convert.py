@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -388,3 +389,33 @@ def test_a_users_module_may_have_the_name_of_one_of_ours(name, other, tmp_path):
         assert (reference(x) - model(x)).abs().max() < 0.05 * model(x).abs().max()
     fq.save(reference, tmp_path / "model.fxq")
     assert torch.equal(fq.load(tmp_path / "model.fxq", model)(x), reference(x))
+
+
+@pytest.mark.parametrize("name", ["c", "bn", "relu", "fc"])
+@pytest.mark.parametrize("before", [False, True])
+def test_what_a_forward_hook_changes_is_in_the_integers_too(name, before):
+    x = images()
+    model = nn.Sequential()
+    for part, module in {
+        "c": nn.Conv2d(3, 8, 3),
+        "bn": nn.BatchNorm2d(8),
+        "relu": nn.ReLU(),
+        "pool": nn.AdaptiveAvgPool2d(1),
+        "flat": nn.Flatten(),
+        "fc": nn.Linear(8, 5),
+    }.items():
+        model.add_module(part, module)
+    hooked = model.get_submodule(name)
+    if before:
+        hooked.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2 + 1,))
+    else:
+        hooked.register_forward_hook(lambda module, inputs, output: output * 2 + 1)
+    settle(model, x).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="module 'bn': what is computed in training alone")
+        prepared = fq.prepare(model, [fq.Rule("*", 8, 8)], calibration=[x])
+    fq.freeze(prepared, calibration=())
+    reference = fq.convert(prepared)
+    assert fq.verify(prepared, reference, [x]).reference_equals_fake_quant
+    with torch.no_grad():
+        assert (reference(x) - model(x)).abs().max() < 0.05 * model(x).abs().max()

@@ -371,7 +371,9 @@ def test_the_rule_that_messages_recommend_is_one_that_exists():
 
 def test_stochastic_depth_that_capture_turns_off_is_said():
     drop = nn.Sequential(nn.Conv2d(3, 4, 3), timm.layers.DropPath(0.1), nn.Dropout(0.2), nn.Flatten())
-    with pytest.warns(UserWarning, match=r"stochastic depth is off .*: 1 modules, '1' among them"):
+    with pytest.warns(
+        UserWarning, match=r"module '1': what is computed in training alone .* is off in the prepared graph"
+    ):
         prepared = fq.prepare(drop, ALL4, calibration=[images()])
     assert any(isinstance(m, nn.Dropout) for m in prepared.modules())  # which drops on in training
     drop[1].drop_prob = 0.0
@@ -519,3 +521,48 @@ def test_calls_of_one_layer_that_fuse_alike_are_prepared(behind):
     model = Twice(behind, behind).eval()
     prepared = fq.prepare(model, [Rule("*", 8, 8)], calibration=[x])
     assert (prepared(x) - model(x)).abs().max() < 0.1 * model(x).abs().max()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_transformer_layers_of_torch_are_quantized_and_their_attention_stays_float(layers):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 5)
+            layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+            self.encoder = layer if layers == 1 else nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+        def forward(self, x):
+            return self.head(self.encoder(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
+
+    x = torch.randn(4, 3, 16, 16)
+    prepared = fq.prepare(Tokens(), ALL4, calibration=[x])
+    names = [name for name in prepared.meta["fxquant"].rules if "linear" in name]
+    assert len(names) == 2 * layers
+    prepared.train()(x).sum().backward()
+    fq.freeze(prepared)
+    reference = fq.convert(prepared)
+    assert fq.verify(prepared, reference, [x]).reference_equals_fake_quant
+    assert sum(isinstance(m, nn.MultiheadAttention) for m in reference.modules()) == layers
+
+
+def test_layers_inside_of_a_module_that_is_one_call_stay_as_they_are():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 5)
+
+        def forward(self, x):
+            tokens = x.flatten(2).transpose(1, 2)
+            return self.head(self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1))
+
+    prepared = fq.prepare(Attends(), ALL4, example_inputs=(torch.randn(2, 16, 3, 3),))
+    assert [name for name, module in prepared.named_modules() if isinstance(module, QATLayer)] == ["head"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_parameters_of_another_type_are_refused(dtype):
+    words = rf"is {dtype}, while quantizers compute in torch's default, torch.float32; call model.to\(torch.float32\)"
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).to(dtype)
+    with pytest.raises(SpecError, match=words):
+        fq.prepare(model, ALL4, calibration=[images().to(dtype)])

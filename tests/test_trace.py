@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from fxquant.errors import TraceError
 from fxquant.trace import OPAQUE, trace
@@ -77,7 +78,7 @@ def test_a_model_whose_result_changes_from_call_to_call_is_refused():
             self.calls += 1
             return x * self.calls
 
-    with pytest.raises(TraceError, match=r"captured graph differs from the model by up to .* state that a graph does"):
+    with pytest.raises(TraceError, match=r"captured graph differs from the model by up to .* does what a graph does"):
         trace(Counting(), (images(),))
 
 
@@ -147,3 +148,69 @@ def test_an_inplace_function_does_not_overwrite_what_a_quantizer_needs():
     model = Inplace()
     with torch.no_grad():
         assert torch.equal(trace(model, (x,))(x), model(x))
+
+
+def test_a_forward_that_tells_one_image_from_several_is_refused():
+    class Squeezes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, x):
+            y = self.conv(x).mean((2, 3), keepdim=True).squeeze()
+            return self.head(y[None] if x.shape[0] == 1 else y)
+
+    with pytest.raises(TraceError, match=r"on a batch of 1: .* a comparison of the batch size"):
+        trace(Squeezes(), (images(),))
+
+
+def test_a_model_that_takes_no_single_image_itself_is_captured():
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            if int(x.shape[0]) == 1:
+                raise ValueError("give several")
+            return self.conv(x)
+
+    assert trace(Several(), (images(),)).conv is not None
+
+
+@pytest.mark.parametrize(
+    "asks", [lambda x: x.view(len(x), -1), lambda x: torch.stack([image.flatten() for image in x])]
+)
+def test_the_number_of_images_as_a_plain_number_is_refused_with_what_to_write(asks):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return asks(self.conv(x))
+
+    with pytest.raises(TraceError, match=r"the number of images is asked for .* write x\.shape\[0\] for len\(x\)"):
+        trace(Model(), (images(),))
+
+
+@pytest.mark.parametrize("keeps", ["a feature", "pruned weights", "normed weights"])
+def test_a_model_that_keeps_what_a_gradient_goes_through_is_copied(keeps):
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, x):
+            self.features = [self.conv(x)]
+            return self.head(self.features[0].mean((2, 3)))
+
+    model, x = Keeping(), images()
+    if keeps == "pruned weights":
+        prune.l1_unstructured(model.head, "weight", 0.5)
+    if keeps == "normed weights":
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            nn.utils.weight_norm(model.head)
+    model(x)
+    assert torch.allclose(trace(model, (x,)).eval()(x), model(x), atol=1e-6)
+    assert model.features[0].requires_grad
