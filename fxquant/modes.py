@@ -39,14 +39,21 @@ def compare_with_training(evaluated: Capture, graph: fx.Graph, model: nn.Module,
     Returns:
         The names of the submodules whose own code computes something else in training; ``""`` is the model itself.
     """
-    tracer = Capture(evaluated.examples, opaque, evaluated.asked_leaf)
-    try:
-        trained = tracer.trace(copy.deepcopy(model).train())
-    except Exception:  # whatever a graph cannot hold is not in the one of eval mode
-        return [tracer.current]
+    unlike: set[str] = set()
+    while True:
+        tracer = Capture(evaluated.examples, opaque | unlike, evaluated.asked_leaf)
+        try:
+            trained = tracer.trace(copy.deepcopy(model).train())
+            break
+        except Exception:  # what a graph cannot hold in training, it could in eval mode
+            if not tracer.current or tracer.current in unlike:
+                return [tracer.current]
+            unlike.add(tracer.current)
     before, after = _calls(graph, evaluated), _calls(trained, tracer)
-    different = []
+    different = sorted(unlike)
     for scope in {**after, **before}:
+        if any(f"{scope}.".startswith(f"{name}.") for name in unlike):
+            continue
         ours, theirs = before.get(scope, []), after.get(scope, [])
         matcher = SequenceMatcher(None, [_key(node) for node in ours], [_key(node) for node in theirs], autojunk=False)
         for tag, i, until, j, _ in matcher.get_opcodes():

@@ -82,6 +82,13 @@ def decided_by_values(x, training):
     return x * 2 if training and x.mean() > 0 else x
 
 
+class Falls(nn.Module):
+    """Dropout that goes on, whatever else there is."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.5, self.training)
+
+
 class NormalisesByHand(nn.Module):
     def __init__(self):
         super().__init__()
@@ -100,6 +107,7 @@ class NormalisesByHand(nn.Module):
         (lambda: Does(lambda x, t: F.dropout(noise(x, t), 0.5, t)), [""]),
         (lambda: Does(second_head), [""]),
         (lambda: nn.Sequential(Does(decided_by_values)), ["0"]),
+        (lambda: nn.Sequential(Does(decided_by_values), nn.Conv2d(4, 3, 1), Does(noise), Falls()), ["0", "2"]),
         (lambda: Does(lambda x, t: F.rrelu(x, training=t)), [""]),
         (lambda: nn.Sequential(NormalisesByHand(), nn.Conv2d(3, 4, 3)), ["0"]),
         (lambda: nn.Sequential(timm.layers.DropPath(0.1), nn.Dropout(0.2)), ["0"]),
@@ -115,4 +123,6 @@ def test_what_training_alone_does_is_named(model, names):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     traced = trace(model, (torch.randn(2, 3, 32, 32),))
     assert traced.meta[TRAINS_OTHERWISE] == names
+    if any(isinstance(module, Falls) for module in model.modules()):
+        assert any(isinstance(module, nn.Dropout) for module in traced.modules())
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())

@@ -113,8 +113,8 @@ class ProgressiveFunction(torch.autograd.Function):
     Gradients are those of :class:`fxquant.estimators.functions.StraightThroughFunction` on what is replaced, and g on
     what is not: there the residual, taken from the output, is 0. An element less than half a step beyond the range is
     its end either way, and has the gradient of one that is replaced; on the binary grid, whose levels lie a step inside
-    of its range, one between a level and the end that is not replaced has g. The error is ``mean((u - level)²)``, a scalar (None
-    where it is not asked for); its gradient to x holds s.
+    of its range, one between a level and the end that is not replaced has g. The error is ``mean((u - level)²)``, a
+    scalar (None where it is not asked for); its gradient to x holds s.
     """
 
     @staticmethod
