@@ -341,6 +341,7 @@ def test_how_a_run_ends_is_said_with_the_command_that_goes_on(error, status, sai
     complaint = capsys.readouterr().err
     assert complaint.startswith(said)
     assert "Traceback" not in complaint
-    goes_on = f"Go on with: fxquant run {RECIPE} --output '{folder}' --set train.epochs=2 --resume\n"
+    rolls_back = " --set divergence.action=rollback" * isinstance(error, DivergenceError)
+    goes_on = f"Go on with: fxquant run {RECIPE} --output '{folder}' --set train.epochs=2{rolls_back} --resume\n"
     assert (goes_on in complaint) is (type(error) is not FxQuantError)
     assert not Path(folder).exists()
