@@ -74,16 +74,11 @@ def name_dropout(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
         if node.op != "call_function" or node.target not in DROPOUTS:
             continue
-        (x,), p = node.all_input_nodes, node.meta.get(DROPS, 0.0)
-        if p > 0:
-            name = unused_name(traced, f"{node.name}_module")
-            traced.add_submodule(name, DROPOUTS[node.target](p).train(traced.training))
-            with traced.graph.inserting_after(node):
-                call = traced.graph.call_module(name, (x,))
-            call.meta.update(node.meta)
-            x = call
-        node.replace_all_uses_with(x)
-        traced.graph.erase_node(node)
+        if p := node.meta.get(DROPS, 0.0):
+            _call_instead(traced, node, f"{node.name}_module", DROPOUTS[node.target](p).train(traced.training))
+        else:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            traced.graph.erase_node(node)
 
 
 def remove_identities(traced: fx.GraphModule) -> None:
@@ -435,13 +430,7 @@ def name_relu6(traced: fx.GraphModule) -> None:
             node.target is F.relu6 or (node.target is F.hardtanh and _bounds(*node.args, **node.kwargs) == (0, 6))
         )
         if hardtanh or function:
-            name = unused_name(traced, f"{node.name}_relu6")
-            traced.add_submodule(name, nn.ReLU6())
-            with traced.graph.inserting_after(node):
-                call = traced.graph.call_module(name, tuple(node.all_input_nodes))
-            call.meta.update(node.meta)
-            node.replace_all_uses_with(call)
-            traced.graph.erase_node(node)
+            _call_instead(traced, node, f"{node.name}_relu6", nn.ReLU6())
 
 
 def _bounds(input, min_val=-1.0, max_val=1.0, inplace=False) -> tuple[float, float]:
@@ -457,6 +446,17 @@ GRAPH_PASSES = (
 
 def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return traced.get_submodule(node.target) if node.op == "call_module" else None
+
+
+def _call_instead(traced: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> None:
+    """Put a call of a new module, of that name or near it, in a node's place."""
+    name = unused_name(traced, name)
+    traced.add_submodule(name, module)
+    with traced.graph.inserting_after(node):
+        call = traced.graph.call_module(name, tuple(node.all_input_nodes))
+    call.meta.update(node.meta)
+    node.replace_all_uses_with(call)
+    traced.graph.erase_node(node)
 
 
 def _replace(traced: fx.GraphModule, name: str, module: nn.Module) -> None:

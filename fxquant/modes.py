@@ -28,20 +28,19 @@ DROPOUTS = {
 }
 
 
-def compare_with_training(evaluated: Capture, graph: fx.Graph, model: nn.Module, opaque: frozenset[str]) -> list[str]:
+def compare_with_training(evaluated: Capture, graph: fx.Graph, model: nn.Module) -> list[str]:
     """Note on every dropout function of ``graph`` how it drops in training.
 
     Args:
         evaluated: the tracer that captured ``graph`` from ``model`` in eval mode.
         model: not modified.
-        opaque: submodules that are single calls.
 
     Returns:
         The names of the submodules whose own code computes something else in training; ``""`` is the model itself.
     """
     unlike: set[str] = set()
     while True:
-        tracer = Capture(evaluated.examples, opaque | unlike, evaluated.asked_leaf)
+        tracer = Capture(evaluated.examples, evaluated.opaque | unlike, evaluated.asked_leaf)
         try:
             trained = tracer.trace(copy.deepcopy(model).train())
             break

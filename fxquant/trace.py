@@ -64,7 +64,7 @@ def _trace(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> fx.GraphModu
             if not tracer.current or tracer.current in opaque:
                 raise TraceError(message) from error
             opaque[tracer.current] = message
-    trains_otherwise = compare_with_training(tracer, graph, prepared, frozenset(opaque))
+    trains_otherwise = compare_with_training(tracer, graph, prepared)
     traced = fx.GraphModule(root, graph, type(model).__name__)
     traced.graph.eliminate_dead_code()
     for rewrite in canonical.GRAPH_PASSES:

@@ -106,7 +106,9 @@ def carry_out(
                 watch(failed[-1])
                 continue
         result = checkpoint.read_result(folder)
-        results.append({"file_bytes": _file_bytes(folder)} | result if "file_bytes" not in result else result)
+        if "file_bytes" not in result:
+            result["file_bytes"] = _file_bytes(folder)
+        results.append(result)
         so_far(results)
     if failed:
         raise FxQuantError(f"{len(failed)} of {len(recipes)} runs failed. {'. '.join(failed)}")
