@@ -101,7 +101,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable) -> None:
 
     A last batch smaller than the first is left out: it would weigh as much as a whole one.
     """
-    norms = batch_norms(model)
+    norms = [norm for norm in batch_norms(model) if norm.running_mean is not None]
     if not norms:
         return
     if any(layer.frozen for layer in cost.qat_layers(model).values()):
@@ -112,7 +112,9 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable) -> None:
     held = [getattr(norm, "statistics_held", False) for norm in norms]
     model.eval()
     for norm in norms:
-        norm.reset_running_stats()
+        if not (norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()):
+            norm.reset_running_stats()
+        norm.num_batches_tracked.zero_()  # the first batch replaces what is there, by which layers round their bias
         norm.momentum = None  # cumulative mean
         norm.statistics_held = False
         norm.train()

@@ -54,6 +54,36 @@ def test_batch_norm_becomes_the_mean_over_batches_under_true_rounding(estimator)
     assert stem.bn.momentum == 0.1
 
 
+def test_the_first_batch_sees_the_bias_as_it_will_be_rounded():
+    """Layers round it by the statistics at hand, which are those of the training until this batch replaces them."""
+    x = images()
+    model = prepared(x, 2).train()
+    bn = model.conv1.bn
+    bn.weight.data.fill_(0.2)
+    bn.bias.data.copy_(torch.linspace(0.1, 1, len(bn.bias)))
+    seen = []
+    handle = bn.register_forward_hook(lambda norm, args, out: seen.append((norm.training, out.detach())))
+    reestimate_batch_norm(model, [x])
+    seen.clear()
+    reestimate_batch_norm(model, [x])
+    model.eval()(x)
+    handle.remove()
+    (in_training, measured), (_, evaluated) = seen
+    assert in_training
+    assert torch.allclose(measured, evaluated, atol=0.02)  # but for the variance of n - 1
+
+
+def test_statistics_that_became_nan_are_estimated_anew():
+    x = images()
+    model = prepared(x)
+    whole = copy.deepcopy(model)
+    model.conv1.bn.running_mean.fill_(torch.nan)
+    for each in (model, whole):
+        fq.freeze(each, calibration=[x])
+    assert torch.isfinite(model.conv1.bn.running_mean).all()
+    assert torch.equal(model.stem.bn.running_mean, whole.stem.bn.running_mean)
+
+
 def test_the_data_of_prepare_are_used_when_no_others_are_given():
     x = images()
     model = prepared(x)
