@@ -405,6 +405,9 @@ def bench_step(
     threads: Annotated[int, typer.Option(help="of torch; wall time instead of CPU time with more than one")] = 1,
     autocast: Annotated[str, typer.Option(help="bf16 or fp16 for convolutions and products")] = "",
     compiled: Annotated[bool, typer.Option("--compile", help="run our quantizers as train.compile does")] = False,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="images and convolutions lie so in memory")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, or cuda: device events and allocated memory")] = "cpu",
     seed: Annotated[int, typer.Option(help="of weights, images and the order of bursts")] = 0,
     output: Annotated[Path | None, typer.Option(help="folder of step.json [default: runs/bench/<model>]")] = None,
@@ -414,7 +417,7 @@ def bench_step(
     from .compiler import require_compiler
 
     names = step.contenders([name.strip() for name in estimators.split(",")], peers=peers)
-    job = step.StepJob(model, image_size, batch, bits, threads, seed, autocast, device, compiled)
+    job = step.StepJob(model, image_size, batch, bits, threads, seed, autocast, device, compiled, channels_last)
     settings = step.StepSettings(rounds, burst)
     artefacts.of_model(model, image_size or None, Path())  # the name and the size, before processes are started
     if compiled:

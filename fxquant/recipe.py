@@ -10,6 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -137,6 +138,7 @@ class _Training(_Section):
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which lr rises from 0")
     autocast: Literal["float32", "bfloat16"] = Field("float32", description="of layers; quantizers stay in float32")
+    channels_last: bool = Field(False, description="whether images and convolutions lie channels last in memory")
     average: float = Field(0.0, ge=0, lt=1, description="decay of the weights' average, which ships; 0 keeps none")
     select: Literal["last", "best"] = Field("last", description="epoch that ships; the best one on data.validation")
     accumulate: int = Field(
@@ -145,6 +147,11 @@ class _Training(_Section):
         description="parts in which a process computes its images of a step; BatchNorm, EWGS and PEGE see one each",
     )
     sync_batch_norm: bool = Field(True, description="whether BatchNorm's statistics are of the images of all processes")
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """How images and the weights of convolutions lie in memory."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
 class FloatSection(_Training):

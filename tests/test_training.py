@@ -10,6 +10,7 @@ from torch import nn
 from fxquant import checkpoint
 from fxquant.bench.machine import machine
 from fxquant.errors import CheckpointError
+from fxquant.layers import QATConv2d
 from fxquant.recipe import load_recipe
 from fxquant.train import Silent, load_run, precision, run
 from fxquant.train.average import WeightAverage
@@ -117,6 +118,7 @@ def test_without_average_and_choice_the_model_stays_as_it_is():
 EVERYTHING = [
     "float.autocast=bfloat16", "float.average=0.9", "train.autocast=bfloat16", "train.average=0.9",
     "train.start_bits=4", "train.schedule=hold", "train.dampening=0.01", "data.image_size=24",
+    "float.channels_last=true", "train.channels_last=true",
     f"train.compile={'false' if no_compiler else 'true'}",
 ]  # fmt: skip
 
@@ -140,15 +142,41 @@ def test_with_every_piece_a_run_that_was_cut_ends_with_the_same_integers(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "piece", ["train.autocast=bfloat16", "train.average=0.9", "train.dampening=0.1", "train.start_bits=4"]
+    "piece", ["autocast=bfloat16", "average=0.9", "dampening=0.1", "start_bits=4", "channels_last=true"]
 )
 def test_each_piece_changes_what_is_trained(piece, tmp_path):
     if "bfloat16" in piece and not precision.has_bfloat16(torch.device("cpu")):
         pytest.skip("this CPU would emulate bfloat16, so that a run computes in float32")
     short = [*SHORT, "float.epochs=1", "train.epochs=1", "quantization.lower=[]", "data.image_size=24"]
     plain = run(load_recipe(RECIPES / "digits_w2a2_lsq.toml", short), tmp_path / "plain").reference.state_dict()
-    other = run(load_recipe(RECIPES / "digits_w2a2_lsq.toml", [*short, piece]), tmp_path / "other").reference
+    other = run(load_recipe(RECIPES / "digits_w2a2_lsq.toml", [*short, f"train.{piece}"]), tmp_path / "other").reference
     assert any(not torch.equal(tensor, plain[name]) for name, tensor in other.state_dict().items())
+
+
+def test_channels_are_last_while_it_trains_and_not_after(tmp_path):
+    """Of images, weights and what layers compute; the files are those of any other run."""
+    seen = []
+
+    class Watching(Silent):
+        def prepared(self, model):
+            self.layers = [module for module in model.modules() if isinstance(module, QATConv2d)]
+            for layer in self.layers:
+                layer.register_forward_hook(self.see)
+
+        def see(self, layer, args, out):
+            if layer.training and out.shape[2] > 1:
+                seen.append([is_last(tensor) for tensor in (*args, layer.weight, out) if tensor.shape[1] > 1])
+
+    def is_last(tensor):
+        return tensor.is_contiguous(memory_format=torch.channels_last)
+
+    watching = Watching()
+    recipe = load_recipe(RECIPES / "digits_w2a2_lsq.toml", [*SHORT, "train.channels_last=true"])
+    outcome = run(recipe, tmp_path / "run", progress=watching)
+    assert seen
+    assert all(all(each) for each in seen)
+    assert all(tensor.is_contiguous() for tensor in outcome.model.state_dict().values())
+    assert outcome.report.reference_equals_fake_quant
 
 
 def test_without_bfloat16_a_run_computes_in_float32_and_says_so(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from ..schedule import Schedule, cosine, linear
 from .build import make_optimizer
 from .guard import Guard
 from .keeper import Keeper
+from .layout import lay_out
 from .processes import Processes
 from .progress import Progress
 
@@ -66,6 +67,7 @@ class Stage:
         accumulate: parts in which a process computes its images of a step.
         sync_batch_norm: whether BatchNorm's statistics are of the images of all processes.
         parameters_retire: whether parameters go out of use while it trains.
+        memory_format: of images and convolutions' weights while it trains.
         autocast: floating type that ``objective`` computes in where it may; quantizers and losses stay in float32.
         after_step: called after every optimizer step.
         after_epoch: called after every epoch with its number, from 1, before the checkpoint is written.
@@ -86,6 +88,7 @@ class Stage:
     accumulate: int = 1
     sync_batch_norm: bool = True
     parameters_retire: bool = False
+    memory_format: torch.memory_format = torch.contiguous_format
     autocast: torch.dtype = torch.float32
     after_step: Callable[[], None] = lambda: None
     after_epoch: Callable[[int], None] = lambda epoch: None
@@ -123,6 +126,7 @@ class Loop:
         Raises:
             Diverged: where the loss is no number any more, or explodes, with the layer.
         """
+        lay_out(stage.model, stage.memory_format)
         optimizer = make_optimizer(stage.groups, stage.optimizer)
         guard = self.guard
 
@@ -170,12 +174,13 @@ class Loop:
             saved["seconds"] = time.perf_counter() - self.started
             self.processes.only_first(partial(checkpoint.save_checkpoint, self.output, self.recipe, saved))
         stage.keeper.restore()
+        lay_out(stage.model, torch.contiguous_format)
         if not stage.sync_batch_norm:
             self.processes.unify_buffers(stage.model)
 
     def _step(self, stage, place, model, optimizer, images, labels) -> dict[str, float]:
         device = self.processes.accelerator.device
-        images, labels = images.to(device), labels.to(device)
+        images, labels = images.to(device, memory_format=stage.memory_format), labels.to(device)
         optimizer.zero_grad()
         parts = zip(*(even_parts(all_of, stage.accumulate, "parts") for all_of in (images, labels)), strict=True)
         shown: dict[str, Tensor] = {}

@@ -246,7 +246,7 @@ class _Run:
         for norm in batch_norms(model):  # BatchNorm as in training
             norm.train()
         try:
-            logits = model(example.expand(images, -1, -1, -1).contiguous())
+            logits = model(example.expand(images, -1, -1, -1).contiguous(memory_format=section.memory_format))
             F.cross_entropy(logits, torch.zeros(images, dtype=torch.int64)).backward()
             optimizer.step()
         except Exception as error:  # of BatchNorm with one value a channel, of an optimizer that needs more than this
@@ -293,6 +293,7 @@ class _Run:
             keeper,
             section.accumulate,
             section.sync_batch_norm,
+            memory_format=section.memory_format,
             autocast=self._computed_in(section),
             after_step=keeper.after_step,
             history=self.float_history,
@@ -368,6 +369,7 @@ class _Run:
             section.sync_batch_norm,
             # Those of a width that becomes whole, and zero-points where a new range proves one-sided.
             section.start_bits is not None or any(e.can_learn_width for e in estimators),
+            section.memory_format,
             self._computed_in(section),
             after_step,
             record,

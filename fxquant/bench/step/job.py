@@ -34,6 +34,7 @@ class StepJob:
         autocast: key of :data:`AUTOCAST`, or empty for float32.
         device: ``cpu``, ``cuda``, ``cuda:1`` ...
         compiled: whether our quantizers run compiled (:func:`fxquant.compiled_quantizers`).
+        channels_last: whether images and convolutions lie so in memory.
 
     Raises:
         SpecError, UnknownNameError: for what cannot be measured.
@@ -48,6 +49,7 @@ class StepJob:
     autocast: str = ""
     device: str = "cpu"
     compiled: bool = False
+    channels_last: bool = False
 
     def __post_init__(self):
         check_bits(self.bits)

@@ -55,6 +55,7 @@ class StepResult:
         """Model, batch, widths and clock."""
         size = f" of {self.job.image_size}x{self.job.image_size}" if self.job.image_size else ""
         cast = f", autocast {self.job.autocast}" if self.job.autocast else ""
+        cast += ", channels last" if self.job.channels_last else ""
         cast += ", our quantizers compiled" if self.job.compiled else ""
         bits = self.job.bits
         return f"{self.job.model}, batch {self.job.batch}{size}, W{bits}A{bits}{cast}, {self.clock}"

@@ -21,6 +21,7 @@ from ...prepare import prepare
 from ...spec import Rule
 from ...synthetic import random_images, settled
 from ...trace import trace
+from ...train.layout import lay_out
 from ..artefacts import of_model
 from .job import AUTOCAST, FLOAT, FUSED, LEARNABLE, StepJob
 
@@ -42,6 +43,9 @@ def build(name: str, job: StepJob) -> Step:
         classes = model.eval()(images[:1]).shape[-1]
     labels = torch.randint(0, classes, (job.batch,)).to(job.device)
     trained = _MODELS.get(name, _ours)(name, model.train(), images[:_CALIBRATION], job).train().to(job.device)
+    if job.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+        lay_out(trained, torch.channels_last)
     images = images.to(job.device)
     loss_of, after = _objective(name, trained)
     optimizer = torch.optim.SGD(param_groups(trained, lr=_LEARNING_RATE), lr=_LEARNING_RATE, momentum=0.9)
