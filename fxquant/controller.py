@@ -6,7 +6,7 @@ from torch import nn
 
 from .cost import quantizer_parameters
 from .errors import CheckpointError, SpecError
-from .estimators import Estimator
+from .estimators import Estimator, estimators_of
 from .freeze import hold_batch_norm
 from .grid import check_bits
 from .schedule import require_in_time, staircase
@@ -66,15 +66,14 @@ class Controller:
         self.steps_done = 0
         self._schedules = [
             (estimator, name, schedule)
-            for estimator in model.modules()
-            if isinstance(estimator, Estimator)
+            for estimator in estimators_of(model)
             for name, schedule in estimator.schedules(self.finetune_begins).items()
         ]
         down = min(squeeze * total_steps, self.finetune_begins, total_steps - 1)  # a step at least for the last
         self._widths = [
             (estimator, staircase(check_bits(start_bits, "start_bits"), estimator.bits, down))
-            for estimator in model.modules()
-            if isinstance(estimator, Estimator) and start_bits is not None and _comes_down(estimator, start_bits)
+            for estimator in estimators_of(model)
+            if start_bits is not None and _comes_down(estimator, start_bits)
         ]
         self.width_changes = 0  # how often widths were changed here: weights mean something else afterwards
         self._settled = False
@@ -90,7 +89,7 @@ class Controller:
     def final(self) -> bool:
         """Whether every width is the one that ships, without noise, and the next step sets no range anew: what is
         measured now is what ships."""
-        estimators = [m for m in self.model.modules() if isinstance(m, Estimator)]
+        estimators = estimators_of(self.model)
         whole = [e.whole_bits == e.bits for e in estimators if isinstance(e.bits, int)]
         return all(e.settled and not e.refit for e in estimators) and all(whole)
 
@@ -121,7 +120,7 @@ class Controller:
             hold_batch_norm(self.model, hold)
             self._holds = hold
         if self.phase == "finetune" and not self._settled:
-            open_ones = [e for e in self.model.modules() if isinstance(e, Estimator) and not e.settled]
+            open_ones = [e for e in estimators_of(self.model) if not e.settled]
             fix_widths(self.model, self.budget, keep_learning=not self.budget)
             self._settled, changed = True, changed or any(e.settled for e in open_ones)
         self.width_changes += changed

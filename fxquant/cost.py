@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .estimators import Estimator
+from .estimators import estimators_of
 from .layers import QATLayer
 
 
@@ -123,7 +123,7 @@ def weight_bytes(layers: dict[str, QATLayer], costs: dict[str, LayerCost]) -> Te
 
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
     """All learnable parameters of quantizers."""
-    return [p for m in model.modules() if isinstance(m, Estimator) for p in m.parameters(recurse=False)]
+    return [p for estimator in estimators_of(model) for p in estimator.parameters(recurse=False)]
 
 
 def _weighted_mean(pairs: list[tuple[Tensor, int]]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from . import cost
 from .distributed import part_of
 from .errors import SpecError, in_short
-from .estimators import Estimator
+from .estimators import Estimator, estimators_of
 from .layers import QATLayer
 from .prepare import _images, prepared_info
 from .spec import Budget
@@ -61,7 +61,7 @@ def settle(
     """The part of :func:`freeze` before scales are fixed: whole widths inside the budget, noise off, BatchNorm
     re-estimated under true rounding. The model still computes in float, on quantized values; it ends in eval mode."""
     info = prepared_info(model)
-    estimators = [m for m in model.modules() if isinstance(m, Estimator)]
+    estimators = estimators_of(model)
     for estimator in estimators:
         estimator.require_initialized()
     widths = fix_widths(model, budget)

@@ -14,7 +14,7 @@ from . import cost
 from .computed import effective_weight
 from .distributed import mean_over_processes
 from .errors import UnknownNameError
-from .estimators import Estimator
+from .estimators import Estimator, estimators_of
 from .prepare import prepared_info
 from .spec import Budget
 from .trace import copy_of
@@ -167,9 +167,9 @@ class QATLoss(nn.Module):
         """Sum of the regularizers of all kinds of estimators in the model, a scalar; those of the model alone where a
         step is ``complete``."""
         kinds: dict[type[Estimator], list[Estimator]] = {}
-        for module in model.modules():
-            if isinstance(module, Estimator) and module._initialized and not module._frozen:
-                kinds.setdefault(type(module), []).append(module)
+        for estimator in estimators_of(model):
+            if estimator._initialized and not estimator._frozen:
+                kinds.setdefault(type(estimator), []).append(estimator)
         total = zero
         for kind, members in kinds.items():
             if complete or kind.regularizes_batches:

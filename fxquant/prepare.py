@@ -16,7 +16,7 @@ from .computed import effective_weight
 from .distributed import part_of
 from .edges import place_edges, place_operand_edges, share_grids
 from .errors import ConstantTensorError, EmptyDataError, NonFiniteError, SpecError, TraceError, named
-from .estimators import Bits, Estimator
+from .estimators import Bits, Estimator, estimators_of
 from .graph import called_module
 from .grid import check_bits
 from .hardware import has_vnni
@@ -261,14 +261,14 @@ def _estimators_by_kind(model: nn.Module) -> tuple[list[Estimator], list[Estimat
     """(activation quantizers, weight quantizers)."""
     weights = [m.weight_fake_quant for m in model.modules() if isinstance(m, QATLayer)]
     known = {id(w) for w in weights}
-    return [m for m in model.modules() if isinstance(m, Estimator) and id(m) not in known], weights
+    return [e for e in estimators_of(model) if id(e) not in known], weights
 
 
 class _quantizers_bypassed:
     """Context: all fake quantization off, flags restored at the end."""
 
     def __init__(self, model: nn.Module):
-        self.estimators = [m for m in model.modules() if isinstance(m, Estimator)]
+        self.estimators = estimators_of(model)
 
     def __enter__(self):
         self.before = [(e._fake_quantize, e._observe) for e in self.estimators]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from ..errors import UnknownNameError
 from .base import Bits, Estimator, LearnedStep, check_interval, check_width
 from .ewgs import EWGS
@@ -26,6 +28,7 @@ __all__ = [
     "LearnedStep",
     "check_interval",
     "check_width",
+    "estimators_of",
     "get_estimator",
 ]
 
@@ -40,3 +43,8 @@ def get_estimator(name: str) -> type[Estimator]:
         return ESTIMATORS[name]
     except KeyError:
         raise UnknownNameError("estimator", name, ESTIMATORS) from None
+
+
+def estimators_of(model: nn.Module) -> list[Estimator]:
+    """The quantizers of a model, of weights and of activations, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, Estimator)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from ..errors import SpecError
-from ..estimators import Estimator
+from ..estimators import estimators_of
 from ..prepare import prepared_info
 from ..spec import get_backend
 from . import native, onnx, packed
@@ -47,7 +47,7 @@ def lower(
             f"backend {asked.name!r} reads a file: write it with fxquant.export_onnx(reference, path), and run it with "
             "fxquant.OnnxModel(path) or fxquant.OpenVinoModel(path)"
         )
-    if any(isinstance(module, Estimator) for module in reference.modules()):
+    if estimators_of(reference):
         raise SpecError(
             f"lower was given a {type(reference).__name__} that is not converted; give it what fxquant.convert returns"
         )

@@ -25,7 +25,7 @@ from ..data import Data, Loader, dead_workers_in_words
 from ..distributed import even_parts, whole_batch
 from ..dynamics import CapacityRecorder
 from ..errors import FxQuantError, in_short
-from ..estimators import Estimator
+from ..estimators import estimators_of
 from ..estimators.passes import compiled_quantizers
 from ..files import write_bytes, write_json, write_text
 from ..freeze import batch_norms, freeze, settle
@@ -327,7 +327,6 @@ class _Run:
         )
         keeper = self._keeper(section, model, lambda: controller.final)
         layers, costs = cost.qat_layers(model), model.meta["fxquant"].costs
-        estimators = [module for module in model.modules() if isinstance(module, Estimator)]
 
         def objective(model, images, labels, share):
             criterion.dampening_weight = dampening(controller.steps_done)
@@ -368,7 +367,7 @@ class _Run:
             section.accumulate,
             section.sync_batch_norm,
             # Those of a width that becomes whole, and zero-points where a new range proves one-sided.
-            section.start_bits is not None or any(e.can_learn_width for e in estimators),
+            section.start_bits is not None or any(e.can_learn_width for e in estimators_of(model)),
             section.memory_format,
             self._computed_in(section),
             after_step,
