@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from fxquant import meter
@@ -167,6 +168,26 @@ def test_autocast_computes_in_less_precision():
     plain, cast = (float(steps.build("float", job)()) for job in (JOB, half))
     assert plain != cast
     assert plain == pytest.approx(cast, rel=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max")  # of torch.ao's own observers
+@pytest.mark.parametrize("name", ["float", "torch.ao fused", "lsq"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_channels_are_last_where_that_is_asked(name, channels_last, monkeypatch):
+    """Of what enters a convolution and of its weight, for all contenders alike; the loss is the same."""
+    seen, conv2d = [], F.conv2d
+
+    def watching(x, weight, *arguments):
+        wide = [tensor for tensor in (x, weight) if tensor.shape[1] > 1 and tensor.shape[2] > 1]
+        seen.extend(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in wide)
+        return conv2d(x, weight, *arguments)
+
+    taken = steps.build(name, dataclasses.replace(JOB, channels_last=channels_last))
+    monkeypatch.setattr(F, "conv2d", watching)
+    loss = float(taken())
+    assert seen
+    assert all(each == channels_last for each in seen)
+    assert loss == pytest.approx(float(steps.build(name, JOB)()), rel=1e-3)
 
 
 def test_a_worker_opens_measures_and_tells_its_peak():
