@@ -142,14 +142,14 @@ def test_with_every_piece_a_run_that_was_cut_ends_with_the_same_integers(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "piece", ["autocast=bfloat16", "average=0.9", "dampening=0.1", "start_bits=4", "channels_last=true"]
+    "piece", ["train.autocast=bfloat16", "train.average=0.9", "train.dampening=0.1", "train.start_bits=4"]
 )
 def test_each_piece_changes_what_is_trained(piece, tmp_path):
     if "bfloat16" in piece and not precision.has_bfloat16(torch.device("cpu")):
         pytest.skip("this CPU would emulate bfloat16, so that a run computes in float32")
     short = [*SHORT, "float.epochs=1", "train.epochs=1", "quantization.lower=[]", "data.image_size=24"]
     plain = run(load_recipe(RECIPES / "digits_w2a2_lsq.toml", short), tmp_path / "plain").reference.state_dict()
-    other = run(load_recipe(RECIPES / "digits_w2a2_lsq.toml", [*short, f"train.{piece}"]), tmp_path / "other").reference
+    other = run(load_recipe(RECIPES / "digits_w2a2_lsq.toml", [*short, piece]), tmp_path / "other").reference
     assert any(not torch.equal(tensor, plain[name]) for name, tensor in other.state_dict().items())
 
 
